@@ -1,0 +1,1 @@
+"""Where it runs: what this machine and its cluster offer. Knows nothing of gradients."""

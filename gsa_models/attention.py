@@ -1,0 +1,276 @@
+"""Global self-attention: content branch + axial positional branch, summed; and the slow reference of both.
+
+Paper: Shen, Bello, Vemulapalli, Jia, Chen, "Global Self-Attention Networks for Image Recognition",
+arXiv 2010.03019, Figure 1 and Appendix B (equations 5 to 8, by the numbers that `gsa-pytorch` cites).
+Status: equal to `gsa-pytorch` 0.2.2 up to float rounding, once that package's output projection is the
+identity and its two tables are exchanged. The middle batch norm keeps statistics for every channel, which
+the paper's parameter counts demand; that package shares them between the heads. The initial values are ours.
+
+Letters:
+    B batch   N heads   D channels a head, the same for query, key and value   H, W map   P = H*W pixels
+    on one axis: X query pixels, I key pixels (X = I = H or W), R the lines, that is pixels of the other axis
+"""
+
+from collections.abc import Sequence
+from difflib import get_close_matches
+
+import torch
+from torch import Tensor, einsum, nn
+from torch.nn import functional as F
+
+COMPONENTS = ("content", "column", "row")
+
+
+def content_attention(q: Tensor, k: Tensor, v: Tensor) -> Tensor:
+    """Let every pixel read a summary of all pixels: `Q (softmax over pixels(K)^T V)`, at cost O(P).
+
+    q, k, v and the result: (B, N, D, H, W). q is taken as it comes, neither normalised nor scaled.
+    Source: Figure 1, upper branch.
+    """
+    weights = softmax_in_float32(k.flatten(3), dim=-1).to(v.dtype)  # (B, N, D, P)
+    context = einsum("bndp,bnep->bnde", weights, v.flatten(3))
+    return einsum("bndhw,bnde->bnehw", q, context)
+
+
+def axial_attention(q: Tensor, v: Tensor, table: Tensor) -> Tensor:
+    """Sum the values of a pixel's row, each times `<query, embedding of its offset>`: no softmax, no scale.
+
+    q, v and the result: (B, N, D, R, X); for the column pass hand over, and take back, `.mT`.
+    table: (offsets, D), an odd number of them with offset 0 in the middle; pixels beyond it count nothing.
+    Source: Appendix B, equations 5 to 8, in the absolute form: X logits a pixel, never 2X-1.
+    """
+    relative = relative_embeddings(table, q.shape[-1])  # (X, D, I)
+    logits = einsum("bndrx,xdi->bnrxi", q, relative)
+    return einsum("bnrxi,bneri->bnerx", logits, v)
+
+
+def relative_embeddings(table: Tensor, pixels: int) -> Tensor:
+    """Lay a table of offsets out as (X, D, I): for query x and key i the embedding of i - x.
+
+    table: (offsets, D), offset 0 in the middle; fewer than 2X-1 rows are a window, with zeros outside of it;
+    rows for offsets that the map does not have are left out.
+    """
+    missing = pixels - 1 - table.shape[0] // 2
+    offsets = F.pad(table, (0, 0, missing, missing))  # (2X-1, D); pad cuts where `missing` is negative
+    # Window number a holds the offsets from a - (X-1) on, which are those of query x = X-1 - a.
+    return offsets.unfold(0, pixels, 1).flip(0)
+
+
+def softmax_in_float32(logits: Tensor, *, dim: int) -> Tensor:
+    """Softmax in float32 at least: over 3136 pixels the weights and their sum outrun bfloat16's 3 digits."""
+    return logits.softmax(dim, dtype=torch.promote_types(logits.dtype, torch.float32))
+
+
+class GlobalSelfAttention(nn.Module):
+    """The GSA module: (B, dim, H, W) -> (B, dim, H, W), every pixel attending to all.
+
+    The branches are summed, without output projection, gate or residual; a batch norm should follow.
+    heads divide dim; the embedding tables are shared by the heads.
+    components: which of content, column and row to build, in any order. Without content there is no key;
+    the batch norm between column and row is there only when both are.
+    window: None for the whole map, or an odd number of pixels that column and row attention see.
+    query_softmax: softmax over a head's query channels, in the content branch alone (an ablation; it loses).
+
+    Raises ValueError for settings that cannot be, and for an input of another size than (dim, *map_size):
+    the tables belong to one map size, and reading them on another would be a window that nobody asked for.
+    """
+
+    column_table: nn.Parameter | None
+    row_table: nn.Parameter | None
+
+    def __init__(
+        self,
+        dim: int,
+        *,
+        map_size: tuple[int, int],
+        heads: int = 8,
+        components: Sequence[str] = COMPONENTS,
+        window: int | None = None,
+        query_softmax: bool = False,
+    ) -> None:
+        super().__init__()
+        self.components = ordered_components(components)
+        _check_sizes(dim, map_size, heads)
+        _check_ablations(self.components, window, query_softmax)
+        self.dim, self.map_size, self.heads = dim, map_size, heads
+        self.window, self.query_softmax = window, query_softmax
+
+        self.query = _projection(dim)
+        self.key = _projection(dim) if "content" in self.components else None
+        self.value = _projection(dim)
+        self.column_table = self._table("column", map_size[0])
+        self.row_table = self._table("row", map_size[1])
+        both_axes = {"column", "row"} <= set(self.components)
+        self.mid_norm = nn.BatchNorm2d(dim) if both_axes else None
+        self.reset_parameters()
+
+    def _table(self, component: str, pixels: int) -> nn.Parameter | None:
+        if component not in self.components:
+            return None
+        rows = self.window or 2 * pixels - 1
+        return nn.Parameter(torch.empty(rows, self.dim // self.heads))
+
+    def reset_parameters(self) -> None:
+        """Draw the initial values anew."""
+        head_dim = self.dim // self.heads
+        nn.init.normal_(self.query.weight, std=(self.dim * head_dim) ** -0.5)
+        nn.init.normal_(self.value.weight, std=self.dim**-0.5)
+        if self.key is not None:
+            nn.init.normal_(self.key.weight, std=self.dim**-0.5)
+        for table, pixels in zip((self.column_table, self.row_table), self.map_size, strict=True):
+            if table is not None:
+                nn.init.normal_(table, std=0.4 * min(len(table), pixels) ** -0.5)
+        if self.mid_norm is not None:
+            self.mid_norm.reset_parameters()
+
+    def forward(self, x: Tensor) -> Tensor:
+        self._check_input(x)
+        q = self._heads(self.query(x))
+        v = self._heads(self.value(x))
+        branches = []
+        if self.key is not None:
+            k = self._heads(self.key(x))
+            content_q = softmax_in_float32(q, dim=2).to(q.dtype) if self.query_softmax else q
+            branches.append(content_attention(content_q, k, v))
+        if self.column_table is not None or self.row_table is not None:
+            branches.append(self._positional(q, v))
+        return sum(branches[1:], branches[0]).flatten(1, 2)  # (B, dim, H, W)
+
+    def _positional(self, q: Tensor, v: Tensor) -> Tensor:
+        """Column attention, batch norm, row attention, all with the same query; (B, N, D, H, W)."""
+        if self.column_table is not None:
+            v = axial_attention(q.mT, v.mT, self.column_table).mT
+        if self.mid_norm is not None:
+            v = self._heads(self.mid_norm(v.flatten(1, 2)))
+        if self.row_table is not None:
+            v = axial_attention(q, v, self.row_table)
+        return v
+
+    def _heads(self, x: Tensor) -> Tensor:
+        return torch.unflatten(x, 1, (self.heads, -1))  # (B, N, D, H, W)
+
+    def _check_input(self, x: Tensor) -> None:
+        if x.shape[1:] != (self.dim, *self.map_size):
+            raise ValueError(
+                f"GSA expected an input of (batch, {self.dim}, {self.map_size[0]}, {self.map_size[1]}), "
+                f"got {tuple(x.shape)}; its tables serve one map size: build the model for this image_size"
+            )
+
+    def extra_repr(self) -> str:
+        names = "+".join(self.components)
+        return f"{self.dim}, map_size={self.map_size}, heads={self.heads}, {names}, window={self.window}"
+
+
+def _projection(dim: int) -> nn.Conv2d:
+    return nn.Conv2d(dim, dim, 1, bias=False)
+
+
+def ordered_components(names: Sequence[str]) -> tuple[str, ...]:
+    """Check component names and bring them into the order of COMPONENTS.
+
+    Raises ValueError for a name that is unknown or comes twice, and for none at all.
+    """
+    if isinstance(names, str) or not names:
+        raise ValueError(
+            f"components must be a tuple of one or more of {', '.join(COMPONENTS)}; got {names!r}"
+        )
+    for name in names:
+        if name not in COMPONENTS:
+            close = get_close_matches(name, COMPONENTS, n=1)
+            hint = f"did you mean {close[0]}? " if close else ""
+            raise ValueError(f"component {name!r} is unknown; {hint}(components: {', '.join(COMPONENTS)})")
+    if len(set(names)) < len(names):
+        raise ValueError(f"components {'+'.join(names)} name one twice; name each once")
+    return tuple(name for name in COMPONENTS if name in names)
+
+
+def _check_sizes(dim: int, map_size: tuple[int, int], heads: int) -> None:
+    if min(map_size) < 1:
+        raise ValueError(f"map_size must be (H, W) of at least 1 pixel each, got {map_size}")
+    if heads < 1 or dim < 1 or dim % heads:
+        right = ", ".join(str(n) for n in range(1, dim + 1) if dim % n == 0)
+        raise ValueError(f"dim {dim} is not divisible by {heads} heads; heads of {right} would be right")
+
+
+def _check_ablations(components: tuple[str, ...], window: int | None, query_softmax: bool) -> None:
+    built = f"components are {'+'.join(components)}"
+    if window is not None and (window < 1 or window % 2 == 0):
+        right = f"{window - 1} or {window + 1}" if window > 1 else "1 or 3"
+        raise ValueError(f"window must be an odd number of pixels, got {window}; {right} would be right")
+    if window is not None and components == ("content",):
+        raise ValueError(f"window {window} needs column or row attention, but {built}; leave window out")
+    if query_softmax and "content" not in components:
+        raise ValueError(f"query_softmax needs content attention, but {built}; leave query_softmax out")
+
+
+def gsa_reference(module: GlobalSelfAttention, x: Tensor) -> Tensor:
+    """Compute what `module(x)` must be, pixel by pixel from the definitions: slow, and the tests' oracle.
+
+    It reads the module's parameters and settings, shares no code with it and leaves its statistics alone.
+    Source: Figure 1 and Appendix B.
+    """
+    q, v = _reference_projection(module.query, x), _reference_projection(module.value, x)
+    k = _reference_projection(module.key, x) if module.key is not None else None
+    out = torch.zeros_like(x)
+    if k is not None:
+        out = out + _reference_content(q, k, v, module)
+    if "column" not in module.components and "row" not in module.components:
+        return out
+    y = v
+    if module.column_table is not None:
+        y = _reference_column(q, y, module.column_table, module)
+    if module.mid_norm is not None:
+        y = _reference_norm(y, module.mid_norm)
+    if module.row_table is not None:
+        y = _reference_row(q, y, module.row_table, module)
+    return out + y
+
+
+def _reference_projection(conv: nn.Conv2d, x: Tensor) -> Tensor:
+    return einsum("oc,bchw->bohw", conv.weight[:, :, 0, 0], x)
+
+
+def _reference_content(q: Tensor, k: Tensor, v: Tensor, module: GlobalSelfAttention) -> Tensor:
+    """For each head: softmax of each key channel over the pixels, the context, its reading by each query."""
+    heads = []
+    for q_head, k_head, v_head in zip(*(t.chunk(module.heads, dim=1) for t in (q, k, v)), strict=True):
+        if module.query_softmax:
+            q_head = q_head.exp() / q_head.exp().sum(dim=1, keepdim=True)
+        weights = k_head.exp() / k_head.exp().sum(dim=(2, 3), keepdim=True)
+        context = einsum("bdhw,behw->bde", weights, v_head)
+        heads.append(einsum("bdhw,bde->behw", q_head, context))
+    return torch.cat(heads, dim=1)
+
+
+def _reference_row(q: Tensor, v: Tensor, table: Tensor, module: GlobalSelfAttention) -> Tensor:
+    """`y_x = sum over i of <q_x, R[i - x]> v_i`, for each head, in every row."""
+    heads = []
+    for q_head, v_head in zip(q.chunk(module.heads, dim=1), v.chunk(module.heads, dim=1), strict=True):
+        pixels = range(q.shape[3])
+        y = [_reference_pixel(q_head[..., x], v_head, table, x, module.window) for x in pixels]
+        heads.append(torch.stack(y, dim=3))
+    return torch.cat(heads, dim=1)
+
+
+def _reference_pixel(q_x: Tensor, v: Tensor, table: Tensor, x: int, window: int | None) -> Tensor:
+    """The sum at column x; q_x: (B, D, H), v: (B, D, H, W), result: (B, D, H)."""
+    y_x = torch.zeros_like(v[..., x])
+    for i in range(v.shape[3]):
+        if window is None or abs(i - x) <= (window - 1) // 2:
+            embedding = table[i - x + (len(table) - 1) // 2]  # (D,)
+            y_x = y_x + einsum("bdh,d->bh", q_x, embedding).unsqueeze(1) * v[..., i]
+    return y_x
+
+
+def _reference_column(q: Tensor, v: Tensor, table: Tensor, module: GlobalSelfAttention) -> Tensor:
+    return _reference_row(q.transpose(2, 3), v.transpose(2, 3), table, module).transpose(2, 3)
+
+
+def _reference_norm(y: Tensor, norm: nn.BatchNorm2d) -> Tensor:
+    if norm.training:
+        mean, variance = y.mean(dim=(0, 2, 3)), y.var(dim=(0, 2, 3), correction=0)
+    else:
+        assert norm.running_mean is not None and norm.running_var is not None, "the norm keeps statistics"
+        mean, variance = norm.running_mean, norm.running_var
+    scale = norm.weight / (variance + norm.eps).sqrt()
+    return (y - mean[:, None, None]) * scale[:, None, None] + norm.bias[:, None, None]

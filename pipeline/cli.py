@@ -1,0 +1,359 @@
+"""`gsa <verb>`: parses, calls, prints. Imports nothing heavy until a verb needs it."""
+
+import importlib
+import json
+import os
+import signal
+import sys
+from collections.abc import Sequence
+from pathlib import Path
+from typing import Annotated, Any
+
+import typer
+
+from pipeline.config import InputError
+
+app = typer.Typer(
+    name="gsa",
+    no_args_is_help=True,
+    add_completion=True,
+    pretty_exceptions_enable=False,
+    context_settings={"help_option_names": ["-h", "--help"]},
+    help="Global Self-Attention networks: from a folder of images to a registered model.",
+    epilog="Exit codes: 0 done, 1 failed, 2 bad input, 130 interrupted.",
+)
+shards_app = typer.Typer(no_args_is_help=True, help="Write, prove and show WebDataset shards.")
+app.add_typer(shards_app, name="shards")
+
+OutOption = Annotated[
+    Path, typer.Option("--out", envvar="GSA_OUT", help="Root of all output.", show_default=True)
+]
+Overrides = Annotated[
+    list[str] | None, typer.Argument(metavar="[FIELD=VALUE]...", help="Changes, e.g. optim.lr=0.1")
+]
+Workers = Annotated[str, typer.Option(help="Workers: N, or MIN..MAX for an elastic run.")]
+Cpus = Annotated[int, typer.Option(help="CPUs a worker: one trains, the others load data.")]
+Gpus = Annotated[float, typer.Option(help="GPUs a worker.")]
+Json = Annotated[bool, typer.Option("--json", help="Print JSON instead of a table.")]
+DEFAULT_OUT = Path("out")
+
+
+@app.command()
+def models(
+    image_size: Annotated[int, typer.Option(help="Pixels a side.")] = 224,
+    classes: Annotated[int, typer.Option(help="Classes.")] = 1000,
+    stem: Annotated[str, typer.Option(help="imagenet or small.")] = "imagenet",
+    as_json: Json = False,
+) -> None:
+    """List the networks with their parameters and GFLOPs."""
+    import torch
+
+    from gsa_models import create_model, list_models, model_cost
+
+    rows = []
+    for name in list_models():
+        with torch.device("meta"):
+            try:
+                model = create_model(name, num_classes=classes, image_size=image_size, stem=stem)
+            except ValueError as error:
+                raise InputError(f"{name}: {error}") from None
+        cost = model_cost(model, image_size)
+        rows.append({"model": name, "params": cost.params, "gflops": round(cost.flops / 1e9, 3)})
+    _print_rows(rows, as_json, title=f"{classes} classes, {image_size}x{image_size}, stem {stem}")
+
+
+@shards_app.command("build")
+def shards_build(
+    source: Annotated[str, typer.Option(help="digits, or folder (a sub-folder per class).")],
+    name: Annotated[str | None, typer.Option(help="Name below OUT/shards; default: the source.")] = None,
+    input_: Annotated[Path | None, typer.Option("--input", help="The folder of pictures.")] = None,
+    val_fraction: Annotated[float, typer.Option(help="Share of each class for validation.")] = 0.2,
+    seed: Annotated[int, typer.Option(help="Of the split and of the order.")] = 0,
+    replace: Annotated[bool, typer.Option(help="Replace a set made otherwise.")] = False,
+    out: OutOption = DEFAULT_OUT,
+) -> None:
+    """Write .tar shards and their manifest. Broken pictures are left out, counted and listed (exit code 0)."""
+    from pipeline.config import validate
+    from pipeline.shards import ShardsConfig
+    from pipeline.verbs import build_shards
+
+    values = {
+        "name": name or source,
+        "source": source,
+        "input": str(input_) if input_ else None,
+        "val_fraction": val_fraction,
+        "seed": seed,
+    }
+    built = build_shards(_out(out), validate(ShardsConfig, values, where="gsa shards build"), replace=replace)
+    manifest = built.manifest
+    counts = ", ".join(f"{len(manifest.split(s))} {s}" for s in manifest.splits)
+    print(f"{'reused' if built.reused else 'written'}: {manifest.folder}")
+    print(f"{counts} samples of {len(manifest.classes)} classes in {len(manifest.shards)} shards")
+    _print_left_out(manifest)
+
+
+@shards_app.command("verify")
+def shards_verify(
+    shards: Annotated[str, typer.Argument(help="Name below OUT/shards, or a folder.")],
+    out: OutOption = DEFAULT_OUT,
+) -> None:
+    """Prove every byte of every shard against the manifest. Exit code 1 if anything is wrong."""
+    from pipeline.progress import bar
+    from pipeline.shards import read_manifest, verify
+
+    folder = _out(out).shards(shards)
+    if not folder.is_dir():
+        raise InputError(f"{folder}: no shards there; next: gsa shards build")
+    with bar("verify", "shards") as update:
+        faults = verify(folder, progress=lambda done, total: update(done, total, ""))
+    for fault in faults:
+        print(fault)
+    if faults:
+        print(f"{folder}: {len(faults)} faults")
+        raise typer.Exit(1)
+    manifest = read_manifest(folder)
+    samples = sum(len(manifest.split(s)) for s in manifest.splits)
+    print(f"{folder}: {len(manifest.shards)} shards, {samples} samples, all as the manifest says")
+
+
+@shards_app.command("show")
+def shards_show(
+    shards: Annotated[str, typer.Argument(help="Name below OUT/shards, or a folder.")],
+    sheet: Annotated[Path | None, typer.Option(help="Write a contact sheet (PNG) here.")] = None,
+    as_json: Json = False,
+    out: OutOption = DEFAULT_OUT,
+) -> None:
+    """Show what a set of shards holds."""
+    from pipeline.shards import contact_sheet, read_manifest, table
+
+    manifest = read_manifest(_out(out).shards(shards))
+    _print_rows(table(manifest), as_json, title=str(manifest.folder))
+    if not as_json:
+        _print_left_out(manifest)
+    if sheet:
+        contact_sheet(manifest, sheet)
+        print(f"contact sheet: {sheet}", file=sys.stderr)
+
+
+@app.command()
+def train(
+    recipe: Annotated[str, typer.Argument(help="A shipped recipe, or the path of a .yaml file.")],
+    overrides: Overrides = None,
+    workers: Workers = "1",
+    cpus_per_worker: Cpus = 1,
+    gpus_per_worker: Gpus = 0,
+    out: OutOption = DEFAULT_OUT,
+) -> None:
+    """Train a recipe under Ray Train, mirrored to MLflow. The same settings again: the same run, continued."""
+    from pipeline.config import Config, load
+    from pipeline.plan import prepare
+    from pipeline.rundir import read_json
+    from pipeline.verbs import train as train_run
+
+    where, config = _out(out), load(Config, "train", recipe, overrides or [])
+    resources = _resources(workers, cpus_per_worker, gpus_per_worker)
+    resources.check(config)
+    run = prepare(where, config)
+    ran = train_run(where, run, resources)
+    metrics = read_json(run.result)["metrics"]
+    print(f"run {run.name}{'' if ran else ' (complete already, reused)'}: {run.path}")
+    print(f"val top-1 {metrics['val/top1']:.2f} % of {metrics['val/count']:.0f} samples")
+
+
+@app.command()
+def tune(
+    sweep: Annotated[str, typer.Argument(help="A shipped sweep, or the path of a .yaml file.")],
+    overrides: Overrides = None,
+    workers: Workers = "1",
+    cpus_per_worker: Cpus = 1,
+    gpus_per_worker: Gpus = 0,
+    concurrent: Annotated[int, typer.Option(min=1, help="Trials at a time.")] = 1,
+    as_json: Json = False,
+    out: OutOption = DEFAULT_OUT,
+) -> None:
+    """Run a sweep under Ray Tune, every trial a Ray Train run. Called again, it continues.
+
+    Overrides are for every trial (fields of the train recipe).
+    """
+    from pipeline.config import load
+    from pipeline.report import trial_rows
+    from pipeline.sweep import Sweep
+    from pipeline.verbs import tune as tune_sweep
+
+    where, settings = _out(out), load(Sweep, "sweep", sweep)
+    resources = _resources(workers, cpus_per_worker, gpus_per_worker)
+    ended, ran = tune_sweep(where, settings, resources, overrides=overrides or [], concurrent=concurrent)
+    title = f"sweep {settings.name}{'' if ran else ' (complete already, reused)'}"
+    _print_rows(trial_rows(where, ended), as_json, title=title)
+    if any(o.state == "failed" for o in ended):
+        raise typer.Exit(1)
+
+
+@app.command()
+def evaluate(
+    model: Annotated[str, typer.Argument(metavar="RUN|MODEL", help="A run, or models:/NAME@ALIAS.")],
+    shards: Annotated[str | None, typer.Option(help="Name below OUT/shards, or a folder.")] = None,
+    as_json: Json = False,
+    out: OutOption = DEFAULT_OUT,
+) -> None:
+    """Exact accuracy on the val split: each sample once, and counted."""
+    from pipeline.verbs import evaluate_model
+
+    result = evaluate_model(_out(out), model, shards)
+    if as_json:
+        print(json.dumps(result._asdict()))
+        return
+    print(
+        f"{model}: top-1 {result.top1:.2f} % ({result.correct} of {result.samples} samples, each once), "
+        f"top-5 {result.top5:.2f} %, loss {result.loss:.4f}"
+    )
+
+
+@app.command()
+def register(
+    name: Annotated[str, typer.Option(help="Name of the registered model.")],
+    run: Annotated[str | None, typer.Option(help="A complete run.")] = None,
+    sweep: Annotated[str | None, typer.Option(help="A sweep: its best complete run.")] = None,
+    alias: Annotated[str, typer.Option(help="Alias that moves to the new version.")] = "champion",
+    out: OutOption = DEFAULT_OUT,
+) -> None:
+    """Evaluate a complete run exactly and put it into the MLflow registry."""
+    from pipeline.verbs import best_run
+    from pipeline.verbs import register as register_run
+
+    if (run is None) == (sweep is None):
+        raise InputError("gsa register: expected one of --run and --sweep")
+    where = _out(out)
+    chosen = where.find_run(run) if run else best_run(where, str(sweep))
+    made = register_run(where, chosen, name=name, alias=alias, sweep=sweep)
+    print(
+        f"models:/{name}@{alias} is version {made['version']}{' (reused)' if made['reused'] else ''}: "
+        f"run {chosen.name}, val top-1 {made['top1']:.2f} % ({made['correct']} of {made['samples']})"
+    )
+
+
+@app.command()
+def predict(
+    model: Annotated[str, typer.Argument(help="models:/NAME@ALIAS, models:/NAME/VERSION, or a run.")],
+    images: Annotated[list[Path], typer.Argument(help="Pictures: JPEG, PNG, WebP.")],
+    top: Annotated[int, typer.Option(min=1, help="Labels a picture.")] = 3,
+    as_json: Annotated[bool, typer.Option("--json", help="One JSON object a line.")] = False,
+    out: OutOption = DEFAULT_OUT,
+) -> None:
+    """Classify pictures. Files that cannot be read are reported and left out; then the exit code is 2."""
+    from pipeline.verbs import predict as predict_files
+
+    unreadable = 0
+    for row in predict_files(_out(out), model, images, top=top):
+        if row.error:
+            unreadable += 1
+            print(f"gsa: {row.file}: {row.error}", file=sys.stderr)
+        elif as_json:
+            print(json.dumps(row._asdict()))
+        else:
+            labels = zip(row.labels, row.probabilities, strict=True)
+            print(f"{row.file}  " + "  ".join(f"{label} {p:.1%}" for label, p in labels))
+    if unreadable:
+        raise InputError(f"{unreadable} of {len(images)} files could not be read")
+
+
+@app.command()
+def ui(
+    host: Annotated[str, typer.Option(help="Beyond loopback: with basic-auth only.")] = "127.0.0.1",
+    port: Annotated[int, typer.Option(min=1, max=65535)] = 5000,
+    out: OutOption = DEFAULT_OUT,
+) -> None:
+    """Open the MLflow UI on the runs and the registry, until Ctrl-C."""
+    from pipeline.verbs import ui_command
+
+    command, environment, address = ui_command(_out(out), host, port)
+    print(f"MLflow UI: {address}  (Ctrl-C ends it)", flush=True)
+    os.execvpe(command[0], command, environment)  # becomes the server: one process to end
+
+
+@app.command()
+def run(
+    workflow: Annotated[str, typer.Argument(help="demo, folder, or the path of a .yaml file.")],
+    overrides: Overrides = None,
+    out: OutOption = DEFAULT_OUT,
+) -> None:
+    """Run a workflow: shards, sweep, train, evaluate, register, predict. What is unchanged is reused."""
+    from pipeline.config import load
+    from pipeline.report import summary
+    from pipeline.workflow import Workflow, run_workflow
+
+    where, settings = _out(out), load(Workflow, "workflow", workflow, overrides or [])
+    outputs = run_workflow(where, settings, say=lambda line: print(line, flush=True))
+    print(summary(where, settings, outputs))
+
+
+def _doctor(as_json: Json = False, out: OutOption = DEFAULT_OUT) -> None:
+    """What is here, what is missing, what to do: versions, GPUs, Ray, Slurm, MLflow store, disk."""
+    rows = importlib.import_module("cluster.doctor").examine(_out(out))
+    _print_rows(rows, as_json, title="gsa doctor")
+    if any(row["state"] == "missing" for row in rows):
+        raise typer.Exit(1)
+
+
+app.command("doctor")(_doctor)
+
+
+def main() -> None:
+    """Entry point: what the user can mend is one line and exit code 2, without a traceback."""
+    signal.signal(signal.SIGTERM, _interrupt)
+    try:
+        app()
+    except InputError as error:
+        print(f"gsa: {error}", file=sys.stderr)
+        sys.exit(2)
+    except SystemExit as end:
+        if end.code == 130:
+            print("gsa: interrupted; the same command continues", file=sys.stderr)
+        raise
+
+
+def _interrupt(*_: Any) -> None:
+    raise KeyboardInterrupt
+
+
+def _out(root: Path) -> Any:
+    from pipeline.rundir import Out
+
+    return Out(root.absolute())
+
+
+def _resources(workers: str, cpus_per_worker: int, gpus_per_worker: float) -> Any:
+    from pipeline.config import Resources, validate
+
+    values = {
+        "workers": workers,
+        "cpus_per_worker": cpus_per_worker,
+        "gpus_per_worker": gpus_per_worker,
+    }
+    return validate(Resources, values, where="resources")
+
+
+def _print_rows(rows: Sequence[dict[str, Any]], as_json: bool, *, title: str) -> None:
+    if as_json:
+        print(json.dumps(rows))
+        return
+    from pipeline.report import table
+
+    print(title)
+    print(table(rows))
+
+
+def _print_left_out(manifest: Any) -> None:
+    for row in manifest.broken:
+        print(f"left out: {row['file']}: {row['reason']}")
+    for name in manifest.empty_classes:
+        print(f"class left out: {name}")
+    if manifest.broken or manifest.ignored or manifest.empty_classes:
+        print(
+            f"{len(manifest.broken)} broken pictures, {len(manifest.empty_classes)} empty classes, "
+            f"{manifest.ignored} other files left out"
+        )
+
+
+if __name__ == "__main__":
+    main()

@@ -1,0 +1,310 @@
+"""Recipe YAML + overrides -> frozen, validated config; fingerprint; "did you mean"."""
+
+import difflib
+import hashlib
+import json
+import re
+from collections.abc import Iterable, Sequence
+from importlib import resources
+from pathlib import Path
+from typing import Annotated, Any, Literal, TypeVar, get_args
+
+import yaml
+from pydantic import BaseModel, ConfigDict, Field, ValidationError, model_validator
+
+RECIPE_KINDS = ("train", "sweep", "workflow")
+MAX_YAML_BYTES = 1_000_000
+
+
+class InputError(ValueError):
+    """What a user can cause and mend: the command line prints it as one line and exits with 2."""
+
+
+class ConfigError(InputError):
+    """A recipe, an override or an option that cannot be what was meant."""
+
+
+class Section(BaseModel):
+    """Frozen, strict, no unknown fields: every settings class derives from it."""
+
+    model_config = ConfigDict(extra="forbid", frozen=True, strict=True, allow_inf_nan=False)
+
+
+Fraction = Annotated[float, Field(ge=0, le=1)]
+Positive = Annotated[int, Field(gt=0)]
+# A folder or registry name: it may reach a path, a URI and a shell.
+Name = Annotated[str, Field(pattern=r"^[A-Za-z0-9][A-Za-z0-9._-]{0,63}$")]
+
+
+class ModelConfig(Section):
+    """The network, in the words of `gsa_models.create_model`; the class count comes from the shards."""
+
+    name: str = "gsa_resnet50"
+    stem: Literal["imagenet", "small"] = "imagenet"
+    placement: str | None = None
+    components: str = "content+column+row"
+    window: Positive | None = None
+    heads: Positive = 8
+    query_softmax: bool = False
+
+
+class DataConfig(Section):
+    """The samples and what is done to each picture."""
+
+    shards: str = "imagenet"  # a name below OUT/shards, or a path
+    image_size: Positive = 224  # pixels a side
+    crop_scale: Annotated[tuple[Fraction, Fraction], Field(strict=False)] = (0.08, 1.0)  # share of the area
+    flip: Fraction = 0.5  # probability of a horizontal flip
+    crop_pct: Annotated[float, Field(gt=0, le=1)] = 0.875  # at test: image_size / resized shorter side
+
+    @model_validator(mode="after")
+    def _some_area(self) -> "DataConfig":
+        low, high = self.crop_scale
+        if not 0 < low <= high:
+            raise ValueError(
+                f"crop_scale [{low}, {high}]: expected smallest and largest share of the area, above 0"
+            )
+        return self
+
+
+class OptimConfig(Section):
+    """The optimizer, its schedule, and the batch."""
+
+    name: Literal["sgd", "adamw"] = "sgd"
+    lr: Annotated[float, Field(gt=0)] = 0.1  # for 256 samples; the peak is lr * global_batch / 256
+    momentum: Annotated[float, Field(ge=0, lt=1)] = 0.9  # of AdamW the first beta
+    weight_decay: Annotated[float, Field(ge=0)] = 1e-4
+    epochs: Positive = 90
+    warmup_epochs: Annotated[float, Field(ge=0)] = 5.0
+    label_smoothing: Fraction = 0.1
+    global_batch: Positive = 2048  # samples an optimizer step, whatever the number of workers
+    micro_batch: Positive = 64  # samples a forward pass: batch norm sees these
+
+    @model_validator(mode="after")
+    def _whole_micro_batches(self) -> "OptimConfig":
+        if self.global_batch % self.micro_batch:
+            near = max(1, round(self.global_batch / self.micro_batch)) * self.micro_batch
+            raise ValueError(
+                f"global_batch {self.global_batch} is not a multiple of micro_batch {self.micro_batch}; "
+                f"{near} would be"
+            )
+        if self.warmup_epochs >= self.epochs:
+            raise ValueError(f"warmup_epochs {self.warmup_epochs} must be below epochs {self.epochs}")
+        return self
+
+
+class Config(Section):
+    """What to compute. Where to compute it is `Resources`; the two never mix."""
+
+    seed: Annotated[int, Field(ge=0, lt=2**63)] = 0
+    model: ModelConfig = ModelConfig()
+    data: DataConfig = DataConfig()
+    optim: OptimConfig = OptimConfig()
+
+    @property
+    def micro_batches(self) -> int:
+        """Micro-batches in a global batch: the number of workers has to divide it."""
+        return self.optim.global_batch // self.optim.micro_batch
+
+
+class Resources(Section):
+    """Where to compute: workers (or min..max) and what each holds. Not fingerprinted."""
+
+    workers: str = Field(default="1", pattern=r"^[1-9][0-9]*(\.\.[1-9][0-9]*)?$")
+    cpus_per_worker: Positive = 1
+    gpus_per_worker: Annotated[float, Field(ge=0)] = 0
+
+    @property
+    def span(self) -> tuple[int, int]:
+        """Fewest and most workers."""
+        low, _, high = self.workers.partition("..")
+        return int(low), int(high or low)
+
+    def check(self, config: Config) -> None:
+        """Refuse worker counts that cannot share the global batch equally."""
+        low, high = self.span
+        if low > high:
+            raise ConfigError(f"workers {self.workers}: the lower bound is above the upper one")
+        k = config.micro_batches
+        good = [n for n in range(1, k + 1) if k % n == 0]
+        bad = next((n for n in range(low, high + 1) if n not in good), None)
+        if bad:
+            raise ConfigError(
+                f"workers {self.workers}: {bad} workers cannot share a global batch of "
+                f"{config.optim.global_batch} = {k} micro-batches of {config.optim.micro_batch}; "
+                f"{', '.join(map(str, good))} could. Next: change --workers or optim.micro_batch"
+            )
+
+
+class _Loader(yaml.SafeLoader):
+    """YAML 1.2 floats (1e-3 is a number), no duplicate keys, no aliases (they can blow up)."""
+
+    def compose_node(self, parent: Any, index: Any) -> Any:
+        if self.check_event(yaml.AliasEvent):
+            raise yaml.YAMLError("aliases (*name) are not allowed here")
+        return super().compose_node(parent, index)
+
+    def construct_mapping(self, node: Any, deep: bool = False) -> Any:
+        seen: set[str] = set()
+        for key, _ in node.value:
+            if isinstance(key, yaml.ScalarNode):
+                if key.value in seen:
+                    raise yaml.YAMLError(f"{key.value} is given twice")
+                seen.add(key.value)
+        return super().construct_mapping(node, deep)
+
+
+_Loader.add_implicit_resolver(
+    "tag:yaml.org,2002:float", re.compile(r"^[-+]?(\d+\.?\d*|\.\d+)[eE][-+]?\d+$"), list("-+0123456789.")
+)
+
+
+def parse_yaml(text: str, where: str) -> Any:
+    """YAML text to plain values; `where` names its source in errors."""
+    if len(text) > MAX_YAML_BYTES:
+        raise ConfigError(f"{where}: expected at most {MAX_YAML_BYTES} bytes of YAML, got {len(text)}")
+    try:
+        return yaml.load(text, Loader=_Loader)
+    except (yaml.YAMLError, ValueError, RecursionError, LookupError, AttributeError) as error:
+        # The last two: what PyYAML itself stumbles over, such as `!!float ""` and `!!timestamp x`.
+        raise ConfigError(f"{where}: not readable as YAML: {' '.join(str(error).split())}") from None
+
+
+def read_yaml(path: Path) -> dict[str, Any]:
+    """A YAML file that holds one mapping."""
+    try:
+        with open(path, encoding="utf-8") as file:
+            text = file.read(MAX_YAML_BYTES + 1)
+    except (OSError, UnicodeDecodeError) as error:
+        raise ConfigError(f"{path}: cannot be read: {error}") from None
+    values = parse_yaml(text, str(path))
+    if not isinstance(values, dict):
+        raise ConfigError(f"{path}: expected fields (name: value), got {type(values).__name__}")
+    return values
+
+
+def recipe_path(kind: str, name: str) -> Path:
+    """The file of a recipe: `name` is a shipped recipe's, or the path of a YAML file."""
+    assert kind in RECIPE_KINDS, kind
+    if name.endswith((".yaml", ".yml")):
+        path = Path(name)
+        if not path.is_file():
+            raise ConfigError(f"{path}: no such recipe file; shipped: {', '.join(recipe_names(kind))}")
+        return path
+    if name not in recipe_names(kind):
+        raise ConfigError(
+            f"{kind} recipe {name} is unknown{suggest(name, recipe_names(kind))} "
+            f"(shipped: {', '.join(recipe_names(kind))}; or give the path of a .yaml file)"
+        )
+    return _shipped() / kind / f"{name}.yaml"
+
+
+def recipe_names(kind: str) -> list[str]:
+    """The shipped recipes of a kind."""
+    return sorted(p.stem for p in (_shipped() / kind).glob("*.yaml"))
+
+
+def _shipped() -> Path:
+    return Path(str(resources.files("pipeline"))) / "recipes"
+
+
+S = TypeVar("S", bound=Section)
+
+
+def load(schema: type[S], kind: str, name: str, overrides: Sequence[str] = ()) -> S:
+    """A recipe by name or path, with `section.field=value` overrides, validated.
+
+    Raises ConfigError: unknown recipe or field, wrong type, impossible value.
+    """
+    path = recipe_path(kind, name)
+    values = read_yaml(path)
+    for override in overrides:
+        _set(values, override)
+    return validate(schema, values, where=f"{kind} recipe {path.stem}")
+
+
+def override(config: S, overrides: Sequence[str]) -> S:
+    """The same settings with `section.field=value` overrides."""
+    values = config.model_dump(mode="json")
+    for text in overrides:
+        _set(values, text)
+    return validate(type(config), values, where="overrides")
+
+
+def validate(schema: type[S], values: Any, where: str) -> S:
+    """Plain values to a settings object; every fault becomes one line of a ConfigError."""
+    try:
+        return schema.model_validate(values)
+    except ValidationError as error:
+        lines = [_explain(schema, fault) for fault in error.errors()]
+        raise ConfigError(f"{where}: " + "; ".join(lines)) from None
+
+
+def dump(config: Section) -> str:
+    """The settings as YAML text, every field stated."""
+    return yaml.safe_dump(config.model_dump(mode="json"), sort_keys=False)
+
+
+def flat(config: Section) -> dict[str, Any]:
+    """The settings as {"optim.lr": 0.1, ...}."""
+
+    def walk(values: dict[str, Any], prefix: str) -> Iterable[tuple[str, Any]]:
+        for key, value in values.items():
+            if isinstance(value, dict):
+                yield from walk(value, f"{prefix}{key}.")
+            else:
+                yield prefix + key, value
+
+    return dict(walk(config.model_dump(mode="json"), ""))
+
+
+def fingerprint(config: Config, shards_digest: str) -> str:
+    """16 hex digits that identify a run: the settings, with the shards by content instead of by name."""
+    values = config.model_dump(mode="json")
+    values["data"]["shards"] = shards_digest
+    return digest(values)
+
+
+def digest(values: Any) -> str:
+    """16 hex digits of plain values."""
+    return hashlib.sha256(json.dumps(values, sort_keys=True).encode()).hexdigest()[:16]
+
+
+def suggest(word: str, known: Iterable[str]) -> str:
+    """`; did you mean X?` or nothing."""
+    near = difflib.get_close_matches(word, list(known), n=1, cutoff=0.5)
+    return f"; did you mean {near[0]}?" if near else ""
+
+
+def _set(values: dict[str, Any], override: str) -> None:
+    key, equals, text = override.partition("=")
+    if not equals or not key.strip():
+        raise ConfigError(f"override {override!r}: expected section.field=value")
+    *sections, field = key.strip().split(".")
+    for section in sections:
+        values = values.setdefault(section, {})
+        if not isinstance(values, dict):
+            raise ConfigError(f"override {override!r}: {section} is a value, not a section")
+    values[field] = parse_yaml(text, f"override {key}")
+
+
+def _explain(schema: type[Section], fault: Any) -> str:
+    *sections, field = (str(part) for part in fault["loc"]) if fault["loc"] else ("settings",)
+    name = ".".join([*sections, field])
+    if fault["type"] == "extra_forbidden":
+        fields = _fields(schema, sections)
+        known = suggest(field, fields)
+        full = known.replace("did you mean ", "did you mean " + "".join(s + "." for s in sections))
+        return f"{name} is unknown{full} (fields: {', '.join(fields)})"
+    message = fault["msg"].removeprefix("Value error, ").replace("Input should be", "expected")
+    if fault["type"] == "value_error":
+        return f"{name}: {message}"
+    return f"{name}: {message}, got {fault['input']!r}"
+
+
+def _fields(schema: type[Section], sections: Sequence[str]) -> list[str]:
+    for section in sections:
+        annotation = schema.model_fields[section].annotation
+        nested = [annotation, *get_args(annotation)]
+        schema = next((t for t in nested if isinstance(t, type) and issubclass(t, Section)), Section)
+    return list(schema.model_fields)

@@ -1,0 +1,72 @@
+"""Exact top-1/top-5 over a split, any number of ranks: each sample exactly once, and counted."""
+
+from collections.abc import Callable, Iterable
+from typing import NamedTuple
+
+import torch
+from torch import Tensor, nn
+
+from pipeline.data import Batch, to_device
+from pipeline.step import eval_step, world_sums
+
+CPU = torch.device("cpu")
+
+
+class Evaluation(NamedTuple):
+    """Accuracies in percent, the mean cross-entropy, and how many samples were seen and right."""
+
+    top1: float
+    top5: float
+    loss: float
+    correct: int
+    samples: int
+
+    def metrics(self) -> dict[str, float]:
+        return {
+            "val/top1": self.top1,
+            "val/top5": self.top5,
+            "val/loss": self.loss,
+            "val/count": float(self.samples),
+        }
+
+
+class Classifier(nn.Module):
+    """A trained network as it is registered: uint8 (N, H, W, 3) pictures in, (N, classes) probabilities out."""
+
+    def __init__(self, network: nn.Module) -> None:
+        super().__init__()
+        self.network = network
+
+    def forward(self, images: Tensor) -> Tensor:
+        probabilities: Tensor = self.network(to_device(images, images.device)).softmax(1)
+        return probabilities
+
+
+def evaluate(
+    forward: Callable[[Tensor], Tensor],
+    batches: Iterable[Batch],
+    *,
+    expected: int,
+    device: torch.device = CPU,
+) -> Evaluation:
+    """Evaluate on all ranks together; each passes its own part of the split.
+
+    forward: uint8 images (B, H, W, 3) -> logits or log-probabilities (B, classes), in eval mode.
+    device: where a rank without batches, of a split smaller than the world, takes part in the sum.
+    Raises RuntimeError unless the parts together hold exactly `expected` samples.
+    """
+    keys = ("loss", "correct", "correct5", "count")
+    sums = {key: torch.zeros((), device=device, dtype=torch.float64) for key in keys}
+    for batch in batches:
+        sums = {key: sums[key] + value for key, value in eval_step(forward, batch).items()}
+    total = world_sums(sums)
+    count = round(total["count"])
+    if count != expected:
+        raise RuntimeError(f"evaluation saw {count} samples, expected each of {expected} exactly once")
+    return Evaluation(
+        top1=100 * total["correct"] / count,
+        top5=100 * total["correct5"] / count,
+        loss=total["loss"] / count,
+        correct=round(total["correct"]),
+        samples=count,
+    )

@@ -1,0 +1,51 @@
+"""The journal of a run: one JSON record a line, appended by rank 0, mirrored to MLflow by the driver."""
+
+import errno
+import json
+import os
+import time
+from pathlib import Path
+from typing import NamedTuple
+
+from pipeline.rundir import write_atomic
+
+
+class Record(NamedTuple):
+    """Metrics at a step. `time` is in seconds since 1970, `epoch` counts completed epochs."""
+
+    time: float
+    step: int
+    epoch: float
+    metrics: dict[str, float]
+
+
+def append(journal: Path, *, step: int, epoch: float, metrics: dict[str, float]) -> None:
+    """One record by one write(): a killed process leaves it whole or not at all."""
+    line = json.dumps(Record(time.time(), step, epoch, metrics)._asdict()) + "\n"
+    with open(journal, "ab", buffering=0) as file:
+        if file.write(line.encode()) < len(line):  # the next record would be glued to half of this one
+            raise OSError(errno.ENOSPC, os.strerror(errno.ENOSPC), str(journal))
+
+
+def read(journal: Path) -> list[Record]:
+    """All whole records; the torn last line of a power loss is left out."""
+    if not journal.exists():
+        return []
+    lines = journal.read_bytes().split(b"\n")[:-1]
+    return [Record(**json.loads(line)) for line in lines]
+
+
+def cut(journal: Path, step: int) -> None:
+    """Forget the records after `step`: a resumed run writes them again."""
+    kept = [r for r in read(journal) if r.step <= step]
+    if journal.exists():
+        write_atomic(journal, "".join(json.dumps(r._asdict()) + "\n" for r in kept))
+
+
+def age(journal: Path) -> tuple[int, int]:
+    """A mark that changes whenever the journal does."""
+    try:
+        stat = os.stat(journal)
+    except FileNotFoundError:
+        return (0, 0)
+    return (stat.st_mtime_ns, stat.st_size)

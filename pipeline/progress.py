@@ -1,0 +1,58 @@
+"""Progress of long work: a bar on a terminal, a plain line every few seconds in a log."""
+
+import sys
+import time
+from collections.abc import Callable, Iterator
+from contextlib import contextmanager
+
+from rich.console import Console
+from rich.progress import BarColumn, MofNCompleteColumn, Progress, TextColumn, TimeElapsedColumn
+from rich.progress import TimeRemainingColumn as Eta
+
+PLAIN_EVERY_S = 10.0
+
+# done, total, a short text: may be called often and from any thread
+Update = Callable[[int, int, str], None]
+
+
+@contextmanager
+def bar(title: str, unit: str) -> Iterator[Update]:
+    """Show how far `title` has come, in `unit`, on standard error."""
+    if sys.stderr.isatty():
+        with _terminal(title, unit) as update:
+            yield update
+    else:
+        yield _plain(title, unit)
+
+
+@contextmanager
+def _terminal(title: str, unit: str) -> Iterator[Update]:
+    columns = (
+        TextColumn("  {task.description}"),
+        BarColumn(bar_width=24),
+        MofNCompleteColumn(),
+        TextColumn(f"{unit}  {{task.fields[text]}}"),
+        TimeElapsedColumn(),
+        TextColumn("eta"),
+        Eta(),
+    )
+    with Progress(*columns, console=Console(stderr=True), transient=True) as progress:
+        task = progress.add_task(title, total=None, text="")
+
+        def update(done: int, total: int, text: str) -> None:
+            progress.update(task, completed=done, total=total, text=text)
+
+        yield update
+
+
+def _plain(title: str, unit: str) -> Update:
+    last = 0.0
+
+    def update(done: int, total: int, text: str) -> None:
+        nonlocal last
+        now = time.monotonic()
+        if now - last >= PLAIN_EVERY_S or done == total:
+            last = now
+            print(f"  {title} {done}/{total} {unit} {text}".rstrip(), file=sys.stderr, flush=True)
+
+    return update

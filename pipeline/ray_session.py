@@ -1,0 +1,153 @@
+"""A private Ray on loopback: for as long as a block runs, and not a process or file of it longer."""
+
+import contextlib
+import logging
+import os
+import secrets
+import shutil
+import socket
+import subprocess
+import sys
+import tempfile
+import time
+from collections.abc import Iterator
+from pathlib import Path
+
+import psutil
+
+TEMPORARY = "gsa-ray-"  # short: unix socket paths hold 107 bytes
+GRACE_S = 5.0  # for Ray's processes to end by themselves
+
+_TOKEN = secrets.token_hex(32)  # of this process: Ray reads it once, so later sessions have to use it too
+
+# What Ray's processes inherit. A second Ray on the host must not be taken for ours (RAY_ADDRESS,
+# RAY_TMPDIR), and nobody on the network or on the host may use ours without the token.
+_ENVIRONMENT = {
+    "RAY_AUTH_MODE": "token",
+    "RAY_ENABLE_WINDOWS_OR_OSX_CLUSTER": "0",  # Ray's own switch for 127.0.0.1 instead of the host's address
+    "RAY_USAGE_STATS_ENABLED": "0",
+    "RAY_CHDIR_TO_TRIAL_DIR": "0",
+    "RAY_TRAIN_HEALTH_CHECK_INTERVAL_S": "0.5",  # a report waits for the next check
+    "RAY_TRAIN_WORKER_HEALTH_CHECK_TIMEOUT_S": "60",  # 600 by default: too long for a frozen worker
+    "TUNE_DISABLE_AUTO_CALLBACK_LOGGERS": "1",
+    "TUNE_DISABLE_SIGINT_HANDLER": "1",  # Tune would end the sweep at Ctrl-C as if it were complete
+    "RAY_AIR_NEW_OUTPUT": "0",  # the new one prints a banner whatever `verbose` says
+    "RAY_ACCEL_ENV_VAR_OVERRIDE_ON_ZERO": "0",
+}
+
+
+@contextlib.contextmanager
+def session(*, cpus: int) -> Iterator[None]:
+    """Ray for as long as the block runs, with `cpus` logical CPUs: the cluster at $RAY_ADDRESS, else our own.
+
+    Our own listens on loopback only, asks for a token, and lies in a private folder that goes with it.
+    Inside of another session it is that one.
+    """
+    if "ray" in sys.modules and sys.modules["ray"].is_initialized():
+        yield
+        return
+    if os.environ.get("RAY_ADDRESS"):
+        import ray
+
+        ray.init(log_to_driver=False, logging_level=logging.ERROR)
+        try:
+            yield
+        finally:
+            ray.shutdown()
+        return
+    folder = Path(tempfile.mkdtemp(prefix=TEMPORARY))
+    with _reaper(folder), _environment(_private_environment(folder)):
+        import ray  # not before: it reads the environment once
+
+        try:
+            ray.init(
+                address="local",
+                num_cpus=cpus,
+                include_dashboard=True,  # Tune frees an early-stopped trial's workers through it
+                dashboard_host="127.0.0.1",
+                _temp_dir=str(folder / "r"),  # Ray opens this one to all: it lies in our 0700 folder
+                object_store_memory=200_000_000,
+                log_to_driver=False,
+                logging_level=logging.ERROR,
+            )
+            yield
+        finally:
+            ray.shutdown()
+
+
+def _private_environment(folder: Path) -> dict[str, str]:
+    token = folder / "token"
+    descriptor = os.open(token, os.O_WRONLY | os.O_CREAT | os.O_EXCL, 0o600)
+    with os.fdopen(descriptor, "w") as file:
+        file.write(_TOKEN)
+    port = _free_port()
+    return {
+        **_ENVIRONMENT,
+        "RAY_AUTH_TOKEN_PATH": str(token),
+        "RAY_TMPDIR": str(folder),
+        "RAY_GCS_SERVER_PORT": str(port),
+        "RAY_ADDRESS": f"127.0.0.1:{port}",
+    }
+
+
+@contextlib.contextmanager
+def _environment(values: dict[str, str]) -> Iterator[None]:
+    before = dict(os.environ)
+    os.environ.update(values)
+    try:
+        yield
+    finally:
+        os.environ.clear()
+        os.environ.update(before)
+
+
+@contextlib.contextmanager
+def _reaper(folder: Path) -> Iterator[None]:
+    """A process that outlives this one, be it killed: it ends what is left of Ray and removes the folder.
+
+    It sees the end of the block, or of this process, as the end of its standard input.
+    """
+    command = [sys.executable, "-P", "-m", "pipeline.ray_session", str(folder)]
+    # A session of its own: Ctrl-C is for us, and we tell it.
+    process = subprocess.Popen(command, stdin=subprocess.PIPE, start_new_session=True)
+    assert process.stdin
+    try:
+        yield
+    finally:
+        process.stdin.close()
+        process.wait()
+
+
+def reap(folder: Path, *, spare: set[int]) -> None:
+    """End every process that has a file of the folder open, but those spared; then remove the folder."""
+    until = time.monotonic() + GRACE_S
+    while left := [p for p in psutil.process_iter() if p.pid not in spare and _uses(p, folder)]:
+        if time.monotonic() > until:
+            for process in left:
+                with contextlib.suppress(psutil.NoSuchProcess):
+                    process.kill()
+        time.sleep(0.2)
+    shutil.rmtree(folder, ignore_errors=True)
+
+
+def _uses(process: psutil.Process, folder: Path) -> bool:
+    """By open files and command line: Ray's processes overwrite their environment with their title."""
+    try:
+        if process.status() == psutil.STATUS_ZOMBIE:
+            return False
+        used = [*process.cmdline(), *(file.path for file in process.open_files())]
+    except (psutil.Error, OSError):
+        return False
+    return any(str(folder) in word for word in used)
+
+
+def _free_port() -> int:
+    with socket.socket() as probe:
+        probe.bind(("127.0.0.1", 0))
+        return int(probe.getsockname()[1])
+
+
+if __name__ == "__main__":
+    driver = os.getppid()
+    sys.stdin.buffer.read()
+    reap(Path(sys.argv[1]), spare={driver, os.getpid()})

@@ -1,0 +1,238 @@
+"""train(run, report): builds all once, then the loop. Knows neither Ray nor Slurm nor MLflow."""
+
+import logging
+import math
+import os
+import time
+from collections.abc import Callable, Iterator
+from itertools import islice
+from typing import NamedTuple
+
+import torch
+import torch.distributed as dist
+from torch import nn
+from torch.nn.parallel import DistributedDataParallel
+
+from pipeline import checkpoint, data, metrics, order
+from pipeline.config import Config, ConfigError
+from pipeline.evaluate import Evaluation, evaluate
+from pipeline.optim import lr_at, optimizer, peak_lr
+from pipeline.plan import build_model, read_run
+from pipeline.rundir import RunDir, write_json
+from pipeline.shards import Manifest, Samples
+from pipeline.step import TrainState, train_step, world_sums
+
+log = logging.getLogger("gsa")
+
+LOG_EVERY = 50  # steps between two records of the journal; the end of an epoch always has one
+CALMER = "next: a lower optim.lr or more optim.warmup_epochs"
+
+Report = Callable[[dict[str, float]], None]
+
+
+class Place(NamedTuple):
+    """Which rank of how many this process is, and its device."""
+
+    rank: int
+    world: int
+    device: torch.device
+
+
+def train(run: RunDir, report: Report, *, loader_workers: int = 0) -> dict[str, float]:
+    """Train the run to its end, from its newest checkpoint if it has one; returns the final metrics.
+
+    Runs alone, or on every rank of an initialised process group (torchrun, Ray Train). `report` is called
+    by every rank after each epoch, with the metrics of the whole world. Rank 0 writes the run folder.
+    Raises InputError (what the user can mend) and FloatingPointError (the loss is no longer finite).
+    """
+    config, manifest = read_run(run)
+    place = this_place()
+    loop = _Loop(config, manifest, run, place, loader_workers)
+    # 1. weights, optimizer and step come from the newest intact checkpoint, the same on every rank
+    loop.resume()
+    # 2. what the journal says of later steps is forgotten: those steps come again
+    if place.rank == 0:
+        metrics.cut(run.metrics, loop.state.step)
+    # 3. the order of samples is computed from (seed, epoch); the position is the step number
+    result = loop.last
+    while loop.epoch < config.optim.epochs:
+        result = loop.run_epoch()
+        report({"epoch": loop.epoch, **result})
+    if place.rank == 0:
+        write_json(run.result, {"epochs": config.optim.epochs, "steps": loop.state.step, "metrics": result})
+    return result
+
+
+class _Loop:
+    """What lives between epochs."""
+
+    def __init__(
+        self, config: Config, manifest: Manifest, run: RunDir, place: Place, loader_workers: int
+    ) -> None:
+        self.config, self.run, self.place, self.loader_workers = config, run, place, loader_workers
+        self.samples, self.val = manifest.split("train"), manifest.split("val")
+        optim = config.optim
+        self.share = config.micro_batches // place.world  # micro-batches of a step on this rank
+        if config.micro_batches % place.world:
+            raise ConfigError(f"{place.world} ranks cannot share {config.micro_batches} micro-batches")
+        self.steps = order.steps_per_epoch(len(self.samples), optim.global_batch)
+        self.last: dict[str, float] = {}
+        model = build_model(config, len(manifest.classes))
+        model = model.to(place.device, memory_format=torch.channels_last)  # type: ignore[call-overload]
+        self.state = TrainState(model, model, optimizer(model, optim), place.device)
+
+    @property
+    def epoch(self) -> int:
+        """Completed epochs."""
+        return self.state.step // self.steps
+
+    def resume(self) -> None:
+        saved = checkpoint.newest(self.run.checkpoints) if self.place.rank == 0 else None
+        step = _from_rank_0(saved["step"] if saved else 0, self.place)
+        if step and saved is None:
+            saved = checkpoint.load(checkpoint.path(self.run.checkpoints, step))
+        if saved:
+            self.state.model.load_state_dict(saved["model"])
+            self.state.optimizer.load_state_dict(saved["optimizer"])
+            self.state.step, self.last = saved["step"], saved["metrics"]
+        log.info("start step=%d rank=%d world=%d device=%s", self.state.step, *self.place)
+        if self.place.world > 1:  # broadcast_buffers: our step keeps the running statistics equal
+            ids = [self.place.device.index] if self.place.device.type == "cuda" else None
+            self.state.replica = DistributedDataParallel(
+                self.state.model, device_ids=ids, broadcast_buffers=False
+            )
+
+    def run_epoch(self) -> dict[str, float]:
+        """Train an epoch, evaluate, write journal and checkpoint; returns the metrics of the epoch."""
+        start = time.monotonic()
+        trained = self._train_epoch()
+        self._check_weights()
+        result = {**trained, **self._evaluate().metrics(), "time/epoch_s": time.monotonic() - start}
+        self.last = result
+        log.info(
+            "epoch=%d step=%d %s",
+            self.epoch,
+            self.state.step,
+            " ".join(f"{key}={value:.6g}" for key, value in result.items()),
+        )
+        if self.place.rank == 0:
+            self._record(result)
+            self._save()
+        return result
+
+    def _train_epoch(self) -> dict[str, float]:
+        optim, first = self.config.optim, self.state.step % self.steps
+        total, warmup = optim.epochs * self.steps, round(optim.warmup_epochs * self.steps)
+        sums, due = _Sums(self.place.device), {}
+        for batches in self._steps(first):
+            lr = lr_at(self.state.step, peak=peak_lr(optim), total=total, warmup=warmup)
+            sums.add(train_step(self.state, batches, lr=lr, label_smoothing=optim.label_smoothing))
+            step_in_epoch = self.state.step % self.steps
+            if step_in_epoch == 0 or step_in_epoch % LOG_EVERY == 0:
+                due = {**sums.take(self.state.step), "train/lr": lr}
+                if step_in_epoch and self.place.rank == 0:  # the last of an epoch goes with its evaluation
+                    self._record(due)
+        return due
+
+    def _steps(self, first: int) -> Iterator[list[data.Batch]]:
+        loader = data.train_loader(
+            self.samples,
+            self.config,
+            epoch=self.epoch,
+            first_step=first,
+            rank=self.place.rank,
+            world=self.place.world,
+            workers=self.loader_workers,
+        )
+        while batches := list(islice(loader, self.share)):
+            yield batches
+
+    def _check_weights(self) -> None:
+        """A loss says nothing of the weights after its step: the last one before a checkpoint may spoil them."""
+        for name, value in self.state.model.state_dict().items():
+            if not value.isfinite().all():
+                raise FloatingPointError(f"{name} is no longer finite at step {self.state.step}; {CALMER}")
+
+    def _evaluate(self) -> Evaluation:
+        return evaluate_split(self.state.model, self.config, self.val, self.place, self.loader_workers)
+
+    def _record(self, values: dict[str, float]) -> None:
+        metrics.append(
+            self.run.metrics,
+            step=self.state.step,
+            epoch=self.state.step / self.steps,
+            metrics=values,
+        )
+
+    def _save(self) -> None:
+        checkpoint.save(
+            self.run.checkpoints,
+            self.state.step,
+            {
+                "model": self.state.model.state_dict(),
+                "optimizer": self.state.optimizer.state_dict(),
+                "step": self.state.step,
+                "metrics": self.last,
+            },
+        )
+
+
+class _Sums:
+    """Sums on the device since the last record; they reach the host only when taken."""
+
+    def __init__(self, device: torch.device) -> None:
+        self.device = device
+        self._reset(0)
+
+    def _reset(self, step: int) -> None:
+        self.first, self.start = step, time.monotonic()
+        self.sums: dict[str, torch.Tensor] = {}
+
+    def add(self, sums: dict[str, torch.Tensor]) -> None:
+        self.sums = {k: v + self.sums[k] for k, v in sums.items()} if self.sums else sums
+
+    def take(self, step: int) -> dict[str, float]:
+        """Means over all ranks since the last call. FloatingPointError where they are not finite."""
+        total = world_sums(self.sums)
+        seconds, count = time.monotonic() - self.start, total["count"]
+        if not math.isfinite(total["loss"]):
+            raise FloatingPointError(
+                f"train/loss became {total['loss']} within the {round(count)} samples before step {step}; {CALMER}"
+            )
+        self._reset(step)
+        return {
+            "train/loss": total["loss"] / count,
+            "train/top1": 100 * total["correct"] / count,
+            "train/images_per_s": count / seconds,
+        }
+
+
+def evaluate_split(
+    model: nn.Module, config: Config, samples: Samples, place: Place, loader_workers: int = 0
+) -> Evaluation:
+    """Exact evaluation of the model on all samples of a split, by all ranks together."""
+    model.eval()
+    batches = data.eval_loader(samples, config, rank=place.rank, world=place.world, workers=loader_workers)
+    return evaluate(
+        lambda images: model(data.to_device(images, place.device)),
+        batches,
+        expected=len(samples),
+        device=place.device,
+    )
+
+
+def this_place() -> Place:
+    """Rank, world size and device of this process."""
+    rank, world = (dist.get_rank(), dist.get_world_size()) if dist.is_initialized() else (0, 1)
+    if not torch.cuda.is_available():
+        return Place(rank, world, torch.device("cpu"))
+    local = int(os.environ.get("LOCAL_RANK", 0)) % torch.cuda.device_count()
+    return Place(rank, world, torch.device("cuda", local))
+
+
+def _from_rank_0(value: int, place: Place) -> int:
+    if place.world == 1:
+        return value
+    tensor = torch.tensor(value, device=place.device)
+    dist.broadcast(tensor, 0)
+    return int(tensor)

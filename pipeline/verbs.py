@@ -1,0 +1,325 @@
+"""What each verb does, assembled from the rooms: the command line and the workflows both call these."""
+
+import logging
+import os
+from collections.abc import Callable, Iterator, Sequence
+from contextlib import contextmanager
+from pathlib import Path
+from typing import Any, NamedTuple
+
+import numpy as np
+import torch
+from torch import Tensor
+
+from pipeline import augment, data, registry, tracking
+from pipeline.config import Config, InputError, Resources, digest, dump, flat, read_yaml, validate
+from pipeline.decode import DecodeError, decode
+from pipeline.evaluate import Classifier, Evaluation, evaluate
+from pipeline.metrics import Record
+from pipeline.plan import load_trained, read_run
+from pipeline.progress import Update, bar
+from pipeline.ray_session import session
+from pipeline.ray_train import fit
+from pipeline.rundir import Out, RunDir, hold, read_json, write_atomic
+from pipeline.shards import Built, Manifest, ShardsConfig, build, read_manifest
+from pipeline.sweep import Outcome, Sweep, best, ended_trials, trials
+from pipeline.train import evaluate_split, this_place
+from pipeline.tune import search
+
+log = logging.getLogger("gsa")
+
+PREDICT_BATCH = 64
+
+
+def build_shards(out: Out, config: ShardsConfig, *, replace: bool = False) -> Built:
+    """Write the shards of a source, or find them made already."""
+    with bar("shards", "samples") as update:
+        folder = out.shards(config.name)
+        return build(config, folder, progress=lambda done, of: update(done, of, ""), replace=replace)
+
+
+def train(out: Out, run: RunDir, resources: Resources, *, tags: dict[str, str] | None = None) -> bool:
+    """Train a prepared run to its end under Ray, mirrored to MLflow; False if it was complete already."""
+    config, manifest = read_run(run)
+    resources.check(config)
+    if run.result.exists():
+        return False
+    with bar("train", "epochs") as update, _mirror(out, manifest, _Epochs({run: config}, update)) as mirror:
+        mirror.start(run, config, tags=tags or {})
+        with session(cpus=_cpus(resources, 1)):
+            fit(run, resources)
+        mirror.end(run, "FINISHED")
+    return True
+
+
+def tune(
+    out: Out, sweep: Sweep, resources: Resources, *, overrides: Sequence[str] = (), concurrent: int = 1
+) -> tuple[list[Outcome], bool]:
+    """Run the trials of a sweep that have not ended yet: the outcomes of all, and whether any was run."""
+    planned = trials(out, sweep, overrides)
+    for trial in planned:
+        resources.check(trial.config)
+    folder, names = out.sweep(sweep.name), [t.run.name for t in planned]
+    if all(name in ended_trials(folder) for name in names):
+        return [ended_trials(folder)[name] for name in names], False
+    write_atomic(folder.config, dump(sweep))
+    _, manifest = read_run(planned[0].run)
+    configs = {t.run: t.config for t in planned}
+    with (
+        hold(folder.lock, f"sweep {sweep.name}"),
+        bar("sweep", "epochs") as update,
+        _mirror(out, manifest, _Epochs(configs, update)) as mirror,
+    ):
+        parent = mirror.start_sweep(sweep, names)
+        with session(cpus=_cpus(resources, concurrent)):
+            outcomes = search(
+                sweep,
+                folder,
+                planned,
+                resources=resources,
+                concurrent=concurrent,
+                on_start=lambda t: mirror.start(
+                    t.run, t.config, tags={"gsa.sweep": sweep.name}, parent=parent
+                ),
+                on_end=lambda t, o: mirror.end(t.run, "FAILED" if o.state == "failed" else "FINISHED"),
+            )
+        mirror.end_sweep(parent, best(sweep, outcomes))
+    return outcomes, True
+
+
+def evaluate_model(out: Out, source: str, shards: str | None) -> Evaluation:
+    """Exact accuracy on the val split of a run (on its own shards by default) or of a registered model."""
+    if not source.startswith(registry.SCHEME):
+        model, config, manifest = load_trained(out.find_run(source))
+        if shards:
+            manifest = _same_classes(read_manifest(out.shards(shards)), manifest.classes)
+        return evaluate_split(model, config, manifest.split("val"), this_place())
+    if not shards:
+        raise InputError(f"{source}: which pictures? next: --shards NAME or --shards DIR")
+    loaded = registry.load(source, out.tracking_uri)
+    manifest = _same_classes(read_manifest(out.shards(shards)), loaded.classes)
+    values = {"image_size": loaded.image_size, "crop_pct": loaded.crop_pct}
+    config = Config(data=Config().data.model_copy(update=values))
+    samples = manifest.split("val")
+
+    def forward(images: Tensor) -> Tensor:
+        return torch.from_numpy(loaded.predict(images.numpy())).double().clamp_min(1e-38).log()
+
+    batches = data.eval_loader(samples, config, rank=0, world=1, workers=0)
+    return evaluate(forward, batches, expected=len(samples))
+
+
+def register(
+    out: Out, run: RunDir, *, name: str, alias: str | None, sweep: str | None = None
+) -> dict[str, Any]:
+    """Evaluate a complete run exactly and put it into the registry; its version and accuracy."""
+    if not run.result.exists():
+        raise InputError(f"run {run.name} is not complete; next: train it to its end")
+    network, config, manifest = load_trained(run)
+    result = evaluate_split(network, config, manifest.split("val"), this_place())
+    facts, samples = read_json(run.facts), manifest.split("val")
+    pictures = data.Pictures(samples, config, epoch=None)
+    tags = {
+        "gsa.run": run.name,
+        "gsa.fingerprint": facts["fingerprint"],
+        "gsa.shards_digest": manifest.digest,
+        "gsa.val_top1": f"{result.top1:.4f}",
+        "gsa.val_count": str(result.samples),
+        **({"gsa.sweep": sweep} if sweep else {}),
+    }
+    registered = registry.register(
+        tracking.open_store(out.tracking_uri, out.artifacts),
+        model_name=name,
+        classifier=Classifier(network).eval(),
+        example=np.stack([pictures[i][0] for i in range(2)]),  # of one, the batch would be fixed
+        metadata={
+            "classes": list(manifest.classes),
+            "image_size": config.data.image_size,
+            "crop_pct": config.data.crop_pct,
+        },
+        tags=tags,
+        alias=alias,
+        run_id=read_json(run.tracking)["run_id"],
+        metrics={"val/top1": result.top1},
+    )
+    return {"version": str(registered.version), "reused": registered.reused, **result._asdict()}
+
+
+def best_run(out: Out, sweep: str) -> RunDir:
+    """The complete run of a sweep with the best final metric."""
+    folder = out.sweep(sweep)
+    if not folder.config.exists():
+        raise InputError(f"sweep {sweep}: not found in {folder.path.parent}; next: gsa tune {sweep}")
+    settings = validate(Sweep, read_yaml(folder.config), where=str(folder.config))
+    complete = [o for o in ended_trials(folder).values() if o.state == "finished"]
+    return out.find_run(best(settings, complete).run)
+
+
+def ui_command(out: Out, host: str, port: int) -> tuple[list[str], dict[str, str], str]:
+    """Command, environment and address of the MLflow UI on what lies below `out`."""
+    command, environment = tracking.serve(out.tracking_uri, out.artifacts, host, port)
+    client = tracking.open_store(out.tracking_uri, out.artifacts)
+    newest = max((int(e.experiment_id) for e in client.search_experiments()), default=0)
+    return command, environment, tracking.ui_url(host, port, str(newest))
+
+
+class Prediction(NamedTuple):
+    """What a model says of a picture: its labels and probabilities, best first; or why it could not."""
+
+    file: str
+    labels: list[str]
+    probabilities: list[float]
+    error: str | None = None
+
+
+def predict(out: Out, source: str, files: Sequence[Path], *, top: int = 3) -> Iterator[Prediction]:
+    """Classify picture files with a registered model (models:/NAME@ALIAS) or a run, in their order."""
+    classify, classes, size, pct = _classifier(out, source)
+    for start in range(0, len(files), PREDICT_BATCH):
+        chosen = files[start : start + PREDICT_BATCH]
+        pictures = [_picture(file, size, pct) for file in chosen]
+        good = [p for p in pictures if isinstance(p, np.ndarray)]
+        rows = iter(classify(np.stack(good)) if good else ())
+        for file, picture in zip(chosen, pictures, strict=True):
+            if isinstance(picture, str):
+                yield Prediction(str(file), [], [], error=picture)
+            else:
+                row = next(rows)
+                order = np.argsort(-row)[:top]
+                yield Prediction(str(file), [classes[i] for i in order], [float(row[i]) for i in order])
+
+
+def _classifier(out: Out, source: str) -> tuple[Callable[[Any], Any], Sequence[str], int, float]:
+    if source.startswith(registry.SCHEME):
+        loaded = registry.load(source, out.tracking_uri)
+        return loaded.predict, loaded.classes, loaded.image_size, loaded.crop_pct
+    network, config, manifest = load_trained(out.find_run(source))
+    classifier = Classifier(network).eval()
+
+    def classify(images: Any) -> Any:
+        with torch.no_grad():
+            return classifier(torch.from_numpy(images)).numpy()
+
+    return classify, manifest.classes, config.data.image_size, config.data.crop_pct
+
+
+def _picture(file: Path, size: int, pct: float) -> Any:
+    """uint8 (size, size, 3), or why the file cannot be read."""
+    try:
+        return np.asarray(augment.center_crop(decode(file.read_bytes()), size=size, pct=pct))
+    except (OSError, DecodeError) as error:
+        return str(error)
+
+
+def _same_classes(manifest: Manifest, classes: Sequence[str]) -> Manifest:
+    if tuple(manifest.classes) != tuple(classes):
+        raise InputError(
+            f"{manifest.folder}: its {len(manifest.classes)} classes are not the model's {len(classes)} "
+            f"({', '.join(classes[:5])}, ...)"
+        )
+    return manifest
+
+
+def _cpus(resources: Resources, concurrent: int) -> int:
+    """Logical CPUs for Ray: enough for every worker, one of head-room for the drivers of trials."""
+    return max(os.cpu_count() or 1, resources.span[1] * resources.cpus_per_worker * concurrent) + 1
+
+
+class _Epochs:
+    """Progress in epochs over all runs, from the records of their journals."""
+
+    def __init__(self, configs: dict[RunDir, Config], update: Update) -> None:
+        self.epochs = {run: c.optim.epochs for run, c in configs.items()}
+        self.update, self.total, self.text = update, sum(self.epochs.values()), "starting Ray"
+        self.done = dict.fromkeys(configs, 0.0)
+        self._show()
+
+    def read(self, run: RunDir, records: list[Record]) -> None:
+        """Take in the new records of a run."""
+        last = records[-1]
+        self.done[run] = last.epoch
+        shown = {k: v for k, v in last.metrics.items() if k in ("train/loss", "val/top1")}
+        text = " ".join(f"{key} {value:.4g}" for key, value in shown.items())
+        self.text = f"{run.name} {text}" if len(self.done) > 1 else text
+        self._show()
+
+    def end(self, run: RunDir) -> None:
+        """Nothing more comes of a run, be it stopped early."""
+        self.done[run] = self.epochs[run]
+        self._show()
+
+    def _show(self) -> None:
+        self.update(int(sum(self.done.values())), self.total, self.text)
+
+
+class _Mirror:
+    """The MLflow side of what is running: one run a training run, one parent a sweep."""
+
+    def __init__(self, client: Any, experiment: str, epochs: _Epochs) -> None:
+        self.client, self.experiment, self.epochs = client, experiment, epochs
+        self.shipper = tracking.Shipper(client, epochs.read)
+        self.open: set[RunDir] = set()
+
+    def start(self, run: RunDir, config: Config, *, tags: dict[str, str], parent: str | None = None) -> None:
+        facts = read_json(run.facts)
+        shown = {
+            "gsa.shards_digest": facts["shards_digest"],
+            "gsa.params": str(facts["params"]),
+            "gsa.gflops": f"{facts['gflops']:.4g}",
+        }
+        run_id = tracking.start_run(
+            self.client,
+            self.experiment,
+            name=run.name,
+            key=facts["fingerprint"],
+            params=flat(config),
+            tags={**tracking.system_facts(), **shown, **tags},
+            parent=parent,
+            description=f"Run folder `{run.path}`",
+        )
+        tracking.log_files(self.client, run_id, [run.config, run.facts])
+        self.shipper.follow(run, run_id)
+        self.open.add(run)
+
+    def end(self, run: RunDir, status: str) -> None:
+        self.shipper.finish(run, status)
+        self.epochs.end(run)
+        self.open.discard(run)
+
+    def start_sweep(self, sweep: Sweep, names: list[str]) -> str:
+        values = {k: v for k, v in sweep.model_dump(mode="json").items() if k != "parameters"}
+        return tracking.start_run(
+            self.client,
+            self.experiment,
+            name=f"sweep {sweep.name}",
+            key=f"sweep-{sweep.name}-{digest(sorted(names))}",
+            params={**values, **sweep.parameters},
+            tags={**tracking.system_facts(), "gsa.trials": str(len(names))},
+            description=f"Sweep `{sweep.name}`: {len(names)} trials, best by {sweep.metric}",
+        )
+
+    def end_sweep(self, parent: str, winner: Outcome) -> None:
+        for key, value in winner.metrics.items():
+            self.client.log_metric(parent, key, value, step=winner.epoch)
+        self.client.set_tag(parent, "gsa.best_run", winner.run)
+        self.client.set_terminated(parent, "FINISHED")
+
+
+@contextmanager
+def _mirror(out: Out, manifest: Manifest, epochs: _Epochs) -> Iterator[_Mirror]:
+    """MLflow for as long as the block runs; what is open at its end was killed, or failed."""
+    client = tracking.open_store(out.tracking_uri, out.artifacts)
+    experiment = tracking.experiment(client, manifest.folder.name, out.artifacts)
+    mirror = _Mirror(client, experiment, epochs)
+    status = "FAILED"
+    try:
+        yield mirror
+    except KeyboardInterrupt:
+        status = "KILLED"
+        raise
+    finally:
+        for run in list(mirror.open):
+            mirror.end(run, status)
+        missing = mirror.shipper.close()
+        if missing:
+            log.warning("MLflow lacks %d points of these runs; their journals hold them all", missing)

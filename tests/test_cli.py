@@ -1,0 +1,223 @@
+"""The command line as a user meets it: what it prints, its exit codes, one line for each mistake."""
+
+import json
+import os
+import shutil
+import signal
+import subprocess
+import sys
+import time
+from pathlib import Path
+
+import psutil
+import pytest
+
+from pipeline import cli
+from pipeline.rundir import Out
+
+
+@pytest.fixture
+def gsa(monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str], tmp_path: Path):
+    """gsa(*words) -> (exit code, standard output, standard error), in this process."""
+
+    def call(*words: str) -> tuple[int, str, str]:
+        monkeypatch.setattr(sys, "argv", ["gsa", *map(str, words)])
+        monkeypatch.setattr(signal, "signal", lambda *_: None)
+        monkeypatch.chdir(tmp_path)
+        with pytest.raises(SystemExit) as end:
+            cli.main()
+        printed = capsys.readouterr()
+        return int(end.value.code or 0), printed.out, printed.err
+
+    return call
+
+
+def test_models_prints_the_papers_sizes(gsa) -> None:
+    code, out, _ = gsa("models", "--json")
+    rows = {row["model"]: row for row in json.loads(out)}
+    assert code == 0
+    assert rows["gsa_resnet50"] == {"model": "gsa_resnet50", "params": 18_052_856, "gflops": 7.170}
+    assert rows["resnet50"] == {"model": "resnet50", "params": 25_557_032, "gflops": 8.178}
+
+
+def test_shards_are_built_verified_shown_and_reused(gsa, pictures: Path, tmp_path: Path) -> None:
+    build = ("shards", "build", "--source", "folder", "--input", str(pictures), "--name", "mine")
+    code, out, _ = gsa(*build)
+    assert (code, out.splitlines()[0].split(":")[0]) == (0, "written")
+    assert gsa(*build)[1].startswith("reused")
+    assert gsa("shards", "verify", "mine")[0] == 0
+    code, out, _ = gsa("shards", "show", "mine", "--sheet", str(tmp_path / "sheet.png"))
+    assert code == 0
+    assert (tmp_path / "sheet.png").read_bytes().startswith(b"\x89PNG")
+    code, _, err = gsa(*build, "--seed", "5")
+    assert code == 2
+    assert "seed" in err
+
+
+def test_verify_names_the_damaged_shard_and_exits_with_1(gsa, mini: Path, tmp_path: Path) -> None:
+    damaged = tmp_path / "damaged"
+    shutil.copytree(mini, damaged)
+    shard = next(damaged.glob("val-*.tar"))
+    data = bytearray(shard.read_bytes())
+    data[len(data) // 2] ^= 1
+    shard.write_bytes(data)
+    code, out, _ = gsa("shards", "verify", str(damaged))
+    assert code == 1
+    assert shard.name in out
+
+
+def test_left_out_pictures_are_listed_and_counted(gsa, pictures: Path, tmp_path: Path) -> None:
+    folder = tmp_path / "spoiled"
+    shutil.copytree(pictures, folder)
+    first = next(p for p in sorted(folder.rglob("*.png")))
+    first.write_bytes(first.read_bytes()[:60])
+    (first.parent / "note.jpg").write_text("not a picture")
+    (folder / "nothing").mkdir()
+    code, out, _ = gsa("shards", "build", "--source", "folder", "--input", str(folder))
+    assert code == 0
+    assert first.name in out
+    assert "note.jpg" in out
+    assert "class left out: nothing" in out
+    assert "2 broken pictures, 1 empty classes" in out
+
+
+@pytest.mark.parametrize(
+    ("words", "said"),
+    [
+        (["train", "digitz"], "did you mean digits?"),
+        (["train", "digits", "optim.lrr=1"], "did you mean optim.lr?"),
+        (["train", "digits", "optim.lr=fast"], "optim.lr: expected a valid number, got 'fast'"),
+        (["train", "digits", "--workers", "4..2"], "lower bound is above"),
+        (["train", "digits", "--workers", "two"], "workers"),
+        (["train", "digits"], "digits"),  # no shards built yet
+        (["tune", "nothing"], "sweep recipe nothing is unknown"),
+        (["run", "dem"], "did you mean demo?"),
+        (["run", "folder"], "needs input"),
+        (["evaluate", "no-such-run"], "run no-such-run: not found"),
+        (["evaluate", "models:/gsa-digits@champion", "--shards", "digits"], "there is no registry"),
+        (["register", "--name", "x"], "expected one of --run and --sweep"),
+        (["register", "--name", "x", "--sweep", "digits"], "sweep digits: not found"),
+        (["predict", "models:/nothing@champion", "a.png"], "there is no registry"),
+        (["shards", "verify", "nothing"], "nothing"),
+        (["shards", "build", "--source", "folder"], "needs input"),
+        (["shards", "build", "--source", "imagenet22k"], "expected 'digits' or 'folder'"),
+        (["ui", "--host", "0.0.0.0"], "MLFLOW_AUTH_ADMIN_PASSWORD"),
+    ],
+    ids=lambda value: " ".join(value) if isinstance(value, list) else "",
+)
+def test_a_mistake_is_one_line_and_exit_code_2(gsa, words: list[str], said: str, tmp_path: Path) -> None:
+    code, out, err = gsa(*words)
+    assert code == 2
+    assert said in err
+    assert err.startswith("gsa: ")
+    assert "Traceback" not in out + err
+    assert len(err.strip().splitlines()) == 1
+    assert not list(tmp_path.rglob("*.tmp"))
+
+
+def test_unknown_options_exit_with_2(gsa) -> None:
+    assert gsa("train", "digits", "--wrokers", "2")[0] == 2
+    assert gsa("frobnicate")[0] == 2
+
+
+def test_doctor_tells_what_is_there(gsa) -> None:
+    code, out, _ = gsa("doctor", "--json")
+    rows = {row["what"]: row for row in json.loads(out)}
+    assert code in (0, 1)
+    assert rows["torch"]["state"] == "ok"
+    assert rows["MLflow store"]["state"] == "absent"
+    assert {"machine", "GPUs", "Slurm", "disk"} <= set(rows)
+    assert not Path("out").exists()
+
+
+DEMO = [
+    "run",
+    "demo",
+    'sweep.overrides=["optim.epochs=1", "optim.warmup_epochs=0.5"]',
+    'train.overrides=["optim.epochs=2", "optim.warmup_epochs=0.5"]',
+]
+
+
+def start(words: list[str], out: Path) -> subprocess.Popen[str]:
+    """The command in a process of its own, which has nothing to do with the Ray of other tests."""
+    command = [sys.executable, "-m", "pipeline.cli", *words, "--out", str(out)]
+    environment = {k: v for k, v in os.environ.items() if not k.startswith("RAY_")}
+    pipe = subprocess.PIPE
+    return subprocess.Popen(command, env=environment, stdout=pipe, stderr=pipe, text=True)
+
+
+def test_the_demo_is_interrupted_continued_and_reused(tmp_path: Path, gsa) -> None:
+    """`make demo` with few epochs: Ctrl-C in the sweep leaves no process, the next call does the rest."""
+    out = Out(tmp_path / "a folder")
+    first = start(DEMO, out.root)
+    outcomes, until = out.sweep("digits").outcomes, time.monotonic() + 180
+    while not outcomes.exists() and first.poll() is None and time.monotonic() < until:
+        time.sleep(0.3)
+    family = psutil.Process(first.pid).children(recursive=True)
+    first.send_signal(signal.SIGINT)
+    _, err = first.communicate(timeout=90)
+    assert outcomes.exists(), err
+    assert first.returncode == 130, err
+    assert "the same command continues" in err
+    _, alive = psutil.wait_procs(family, timeout=20)
+    assert not [p for p in alive if p.is_running() and p.status() != psutil.STATUS_ZOMBIE]
+    ended = json.loads(outcomes.read_text())
+
+    second = start(DEMO, out.root)
+    printed, err = second.communicate(timeout=280)
+    assert second.returncode == 0, err
+    assert "shards: unchanged, reused" in printed
+    assert "champion   models:/gsa-digits@champion = version 1" in printed
+    assert "of 359 images, each once" in printed
+    assert f"gsa ui --out '{out.root}'" in printed
+    again = json.loads(outcomes.read_text())
+    assert [row for row in again if row["run"] in {e["run"] for e in ended}] == ended  # not run twice
+
+    code, printed, _ = gsa(*DEMO, "--out", str(out.root))
+    assert code == 0
+    assert printed.count("unchanged, reused") == 6
+    check_tracking(out, trials=len(again))
+    held_out = sorted(str(p) for p in (out.workflow("demo") / "held_out").iterdir())
+    code, printed, err = gsa("predict", "models:/gsa-digits@champion", *held_out, __file__, "--out", out.root)
+    assert code == 2
+    assert len(printed.splitlines()) == len(held_out)
+    assert "1 of 13 files could not be read" in err
+    model = gsa("evaluate", "models:/gsa-digits@champion", "--shards", "digits", "--json", "--out", out.root)
+    run = json.loads((out.workflow("demo") / "state.json").read_text())["train"]["outputs"]["run"]
+    trained = gsa("evaluate", run, "--json", "--out", out.root)
+    assert json.loads(model[1])["correct"] == json.loads(trained[1])["correct"]
+    assert json.loads(model[1])["samples"] == 359
+
+
+def check_tracking(out: Out, *, trials: int) -> None:
+    """One parent, a nested run for each trial, the final run; all with curves, settings and a true status."""
+    from pipeline.tracking import open_store
+
+    client = open_store(out.tracking_uri, out.artifacts)
+    experiment = client.get_experiment_by_name("digits")
+    runs = {r.info.run_name: r for r in client.search_runs([experiment.experiment_id])}
+    assert len(runs) == trials + 2
+    parent = runs["sweep digits"]
+    children = [r for r in runs.values() if r.data.tags.get("mlflow.parentRunId") == parent.info.run_id]
+    assert len(children) == trials
+    assert {r.info.status for r in runs.values()} == {"FINISHED"}
+    for run in runs.values():
+        assert "val/top1" in run.data.metrics
+        if run is not parent:
+            assert run.data.params["model.name"] == "gsa_resnet_tiny"
+            journal = out.run(run.info.run_name).metrics.read_text().splitlines()
+            history = client.get_metric_history(run.info.run_id, "val/top1")
+            assert [m.value for m in sorted(history, key=lambda m: m.step)] == [
+                json.loads(line)["metrics"]["val/top1"] for line in journal
+            ]
+
+
+def test_the_photographs_go_the_same_way(gsa, tmp_path: Path) -> None:
+    """Real photographs from a folder to shards, read back as the network gets them."""
+    photos = os.environ.get("GSA_PHOTOS")
+    if not photos:
+        pytest.skip("GSA_PHOTOS is not set: no real photographs")
+    code, out, _ = gsa("shards", "build", "--source", "folder", "--input", photos, "--name", "photos")
+    assert code == 0
+    assert "classes" in out
+    assert gsa("shards", "verify", "photos")[0] == 0

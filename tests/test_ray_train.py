@@ -1,0 +1,250 @@
+"""Ray: private and on loopback, workers that die and come back, sweeps that stop early and go on."""
+
+import http.client
+import json
+import os
+import signal
+import stat
+import subprocess
+import sys
+import time
+import urllib.error
+import urllib.request
+from collections.abc import Iterator
+from pathlib import Path
+
+import psutil
+import pytest
+
+from pipeline import checkpoint
+from pipeline.config import InputError, Resources
+from pipeline.plan import prepare
+from pipeline.ray_session import session
+from pipeline.ray_train import fit
+from pipeline.rundir import Out, hold, read_json
+from pipeline.sweep import Asha, Sweep, ended_trials, trials
+from pipeline.tune import epoch_records, search
+
+TWO = Resources(workers="2")
+
+
+@pytest.fixture(scope="session")
+def ray() -> Iterator[None]:
+    """One Ray for all tests that do not break it."""
+    with session(cpus=5):
+        yield
+
+
+def listening() -> list[tuple[str, int]]:
+    """Address and port of every socket on which this process or a descendant listens."""
+    me = psutil.Process()
+    found = []
+    for process in [me, *me.children(recursive=True)]:
+        try:
+            found += [tuple(c.laddr) for c in process.net_connections("inet") if c.status == "LISTEN"]
+        except (psutil.NoSuchProcess, psutil.AccessDenied):
+            continue
+    return found
+
+
+def test_every_socket_is_on_loopback(ray: None) -> None:
+    sockets = listening()
+    assert len(sockets) > 5
+    assert {host for host, _ in sockets} <= {"127.0.0.1", "::1", "::ffff:127.0.0.1"}
+
+
+def test_no_request_without_the_token_is_answered(ray: None) -> None:
+    """Ports that speak HTTP refuse to list or to run anything."""
+    refused = 0
+    for _, port in listening():
+        for path, body in (("/api/version", None), ("/api/jobs/", b'{"entrypoint": "true"}')):
+            request = urllib.request.Request(f"http://127.0.0.1:{port}{path}", data=body)
+            request.add_header("Content-Type", "application/json")
+            try:
+                with urllib.request.urlopen(request, timeout=5) as answer:
+                    assert path == "/api/version", f"port {port} answered {path}: {answer.read()[:80]!r}"
+            except urllib.error.HTTPError as error:
+                refused += error.code in (401, 403) and path == "/api/jobs/"
+            except (OSError, http.client.HTTPException):
+                continue  # not HTTP
+    assert refused, "no dashboard was found"
+
+
+def test_who_has_no_token_cannot_reach_the_cluster(ray: None) -> None:
+    import ray as library
+
+    address = library.get_runtime_context().gcs_address
+    code = f"from ray._raylet import GcsClient; print(GcsClient(address={address!r}).cluster_id)"
+    done = subprocess.run(
+        [sys.executable, "-c", code],
+        env=without_ray(),
+        capture_output=True,
+        text=True,
+        timeout=120,
+        check=False,
+    )
+    assert done.returncode != 0, done.stdout
+    assert "AuthenticationError" in done.stderr
+
+
+def without_ray() -> dict[str, str]:
+    """The environment of a process that is to have nothing to do with the Ray of these tests."""
+    return {k: v for k, v in os.environ.items() if not k.startswith("RAY_")}
+
+
+def test_the_private_folder_is_private(ray: None) -> None:
+    token = Path(os.environ["RAY_AUTH_TOKEN_PATH"])
+    assert stat.S_IMODE(token.stat().st_mode) == 0o600
+    assert stat.S_IMODE(token.parent.stat().st_mode) == 0o700
+    assert not (Path.home() / ".ray").exists()
+
+
+def test_two_workers_train_and_report(ray: None, out: Out, mini_config) -> None:
+    run = prepare(out, mini_config())
+    metrics = fit(run, TWO)
+    assert metrics == read_json(run.result)["metrics"]
+    assert [r.epoch for r in epoch_records(run)] == [1, 2]
+    assert metrics["val/count"] == 18
+    assert not (run.path / "ray").exists()
+
+
+def test_a_complete_run_is_not_trained_again(out: Out, mini_config) -> None:
+    run = prepare(out, mini_config(seed=3))
+    run.result.write_text(json.dumps({"metrics": {"val/top1": 1.0}}))
+    assert fit(run, TWO) == {"val/top1": 1.0}  # without any Ray
+
+
+def test_a_killed_worker_changes_nothing(ray: None, out: Out, mini_config) -> None:
+    """SIGKILL of a worker in mid-run: the run goes on from its checkpoint to the same bytes."""
+    undisturbed = prepare(out, mini_config(seed=7, epochs=6))
+    fit(undisturbed, TWO)
+    other = Out(out.root / "other")
+    (other.root / "shards").mkdir(parents=True)
+    (other.root / "shards" / "mini").symlink_to(out.shards("mini"))
+    killed = prepare(other, mini_config(seed=7, epochs=6))
+    killer = subprocess.Popen([sys.executable, "-c", KILLER, str(killed.metrics), str(os.getpid())])
+    fit(killed, TWO)
+    assert killer.wait(60) == 0, "no worker was killed"
+    assert weights(killed) == weights(undisturbed)
+    assert series(killed) == series(undisturbed)
+
+
+KILLER = """
+import pathlib, psutil, sys, time
+journal, driver = pathlib.Path(sys.argv[1]), psutil.Process(int(sys.argv[2]))
+while not (journal.exists() and journal.read_text().count("\\n") >= 2):
+    time.sleep(0.05)
+for child in driver.children(recursive=True):
+    try:
+        busy = child.cmdline()[0].startswith("ray::") and "TrainWorker" in child.cmdline()[0]
+    except (psutil.Error, IndexError):
+        continue
+    if busy:
+        child.kill()
+        sys.exit(0)
+sys.exit(1)
+"""
+
+
+def weights(run) -> dict[str, object]:
+    """The last weights, as values that compare by every bit."""
+    state = checkpoint.newest(run.checkpoints)
+    return {name: tensor.numpy().tobytes() for name, tensor in state["model"].items()}
+
+
+def series(run) -> list[tuple[int, dict[str, float]]]:
+    timed = ("time/", "train/images_per_s")
+    return [
+        (r.step, {k: v for k, v in r.metrics.items() if not k.startswith(timed)}) for r in epoch_records(run)
+    ]
+
+
+def test_a_sweep_stops_bad_trials_and_is_not_run_again(
+    ray: None, out: Out, mini_config, tmp_path: Path
+) -> None:
+    sweep = mini_sweep(tmp_path, mini_config, lr=[0.1, 1e-9], epochs=4)
+    planned, folder, seen = trials(out, sweep), out.sweep("mini"), []
+    ended = search(
+        sweep,
+        folder,
+        planned,
+        resources=TWO,
+        concurrent=1,
+        on_start=lambda t: None,
+        on_end=lambda t, o: seen.append(o.state),
+    )
+    assert [o.state for o in ended] == ["finished", "stopped"]
+    assert seen == ["finished", "stopped"]
+    assert ended[1].epoch < 4
+    assert list(ended_trials(folder)) == [t.run.name for t in planned]
+    assert not (folder.path / "ray").exists()
+
+
+def test_a_trial_without_a_network_is_named_before_anything_runs(
+    out: Out, mini_config, tmp_path: Path
+) -> None:
+    sweep = mini_sweep(tmp_path, mini_config, lr=[0.1], epochs=2)
+    broken = sweep.model_copy(update={"parameters": {"model.placement": ["gggg", "ggggg"]}})
+    with pytest.raises(InputError, match=r"point model.placement=\"ggggg\""):
+        trials(out, broken)
+
+
+def test_a_run_has_one_driver(out: Out, mini_config) -> None:
+    run = prepare(out, mini_config(seed=11))
+    with hold(run.lock, "it"), pytest.raises(InputError, match="in use by another process"):
+        fit(run, TWO)
+
+
+def mini_sweep(tmp_path: Path, mini_config, *, lr: list[float], epochs: int) -> Sweep:
+    from pipeline.config import dump
+
+    recipe = tmp_path / "recipe.yaml"
+    recipe.write_text(dump(mini_config(epochs=epochs)))
+    return Sweep(
+        name="mini",
+        train=str(recipe),
+        parameters={"optim.lr": lr},
+        metric="train/lr",  # no accident: the second trial is the worse at every epoch
+        asha=Asha(grace_epochs=2, reduction=2),
+    )
+
+
+DRIVER = """
+import sys
+from pathlib import Path
+from pipeline.config import Resources
+from pipeline.ray_session import session
+from pipeline.ray_train import fit
+from pipeline.rundir import RunDir
+with session(cpus=3):
+    print("up", flush=True)
+    fit(RunDir(Path(sys.argv[1])), Resources(workers="2"))
+"""
+
+
+@pytest.mark.parametrize("kill", [signal.SIGINT, signal.SIGKILL], ids=["SIGINT", "SIGKILL"])
+def test_a_driver_that_ends_leaves_nothing_running(kill: signal.Signals, out: Out, mini_config) -> None:
+    run = prepare(out, mini_config(seed=5, epochs=500))
+    driver = subprocess.Popen(
+        [sys.executable, "-c", DRIVER, str(run.path)],
+        env=without_ray(),
+        stdout=subprocess.PIPE,
+        stderr=subprocess.DEVNULL,
+    )
+    try:
+        assert driver.stdout and driver.stdout.readline() == b"up\n"
+        family = psutil.Process(driver.pid).children(recursive=True)
+        assert len(family) > 5
+        until = time.monotonic() + 90
+        while not epoch_records(run) and time.monotonic() < until:
+            time.sleep(0.2)
+        assert epoch_records(run), "training did not start"
+        family = {*family, *psutil.Process(driver.pid).children(recursive=True)}
+        driver.send_signal(kill)
+        assert driver.wait(60) != 0
+    finally:
+        driver.kill()
+        driver.communicate()
+    _, alive = psutil.wait_procs(family, timeout=30)
+    alive = [p for p in alive if p.is_running() and p.status() != psutil.STATUS_ZOMBIE]
+    assert not alive, alive

@@ -1,0 +1,290 @@
+"""One step against a slow obvious reference; who gets weight decay; the schedule; exact evaluation."""
+
+import copy
+import math
+from collections.abc import Iterator
+from itertools import pairwise
+from typing import Any
+
+import numpy as np
+import pytest
+import torch
+from torch import Tensor, nn
+
+from gsa_models import create_model
+from pipeline.config import OptimConfig
+from pipeline.data import Batch, to_device
+from pipeline.evaluate import Classifier, evaluate
+from pipeline.optim import lr_at, optimizer, peak_lr
+from pipeline.step import TrainState, eval_step, train_step, world_sums
+
+CPU = torch.device("cpu")
+LR, MOMENTUM, DECAY, SMOOTHING = 0.3, 0.9, 0.05, 0.1
+OPTIM = OptimConfig(momentum=MOMENTUM, weight_decay=DECAY)
+
+
+@pytest.fixture(autouse=True)
+def one_thread() -> Iterator[None]:
+    """These sums are small: a second thread only waits, long where the machine is shared."""
+    threads = torch.get_num_threads()
+    torch.set_num_threads(1)
+    yield
+    torch.set_num_threads(threads)
+
+
+def small_model() -> nn.Module:
+    torch.manual_seed(0)
+    model = create_model("gsa_resnet_tiny", num_classes=3, image_size=32, heads=4, placement="gcgc")
+    for name, parameter in model.named_parameters():  # a block starts as its shortcut: make it take part
+        if name.endswith("expand_norm.weight"):
+            nn.init.constant_(parameter, 0.5)
+    return model
+
+
+def batches(number: int, *, size: int = 4, seed: int = 0) -> list[Batch]:
+    rng = np.random.default_rng(seed)
+    return [
+        Batch(
+            torch.from_numpy(rng.integers(0, 256, (size, 32, 32, 3), np.uint8)),
+            torch.from_numpy(rng.integers(0, 3, size)),
+        )
+        for _ in range(number)
+    ]
+
+
+def new_state(model: nn.Module, optim: OptimConfig = OPTIM) -> TrainState:
+    return TrainState(model, model, optimizer(model, optim), CPU)
+
+
+# --- one step ----------------------------------------------------------------------------------------------
+
+
+def forward_plainly(model: nn.Module, batch: Batch) -> tuple[Tensor, Tensor]:
+    """Logits, and the loss written out: cross-entropy against 1 - s on the label and s spread over all."""
+    logits = model(to_device(batch.images, CPU).to(next(model.parameters()).dtype))
+    target = torch.full_like(logits, SMOOTHING / logits.shape[1])
+    target[range(len(batch.labels)), batch.labels] += 1 - SMOOTHING
+    return logits, -(target * logits.log_softmax(1)).sum(1).mean()
+
+
+def step_plainly(
+    model: nn.Module, velocity: dict[str, Tensor], parts: list[Batch]
+) -> tuple[nn.Module, dict[str, float]]:
+    """The model after a step: each micro-batch on a copy of its own, means of the results, Nesterov's rule."""
+    copies, losses, correct = [], [], 0
+    for part in parts:
+        twin = copy.deepcopy(model).train()
+        logits, loss = forward_plainly(twin, part)
+        loss.backward()
+        copies.append(twin)
+        losses.append(loss.item())
+        correct += int((logits.argmax(1) == part.labels).sum())
+    after = copy.deepcopy(model)
+    gradients = [dict(twin.named_parameters()) for twin in copies]
+    for name, parameter in after.named_parameters():
+        gradient = torch.stack([g[name].grad for g in gradients]).mean(0)  # type: ignore[arg-type]
+        decayed = parameter.ndim > 1 and "table" not in name
+        gradient = gradient + (DECAY * parameter.detach() if decayed else 0)
+        velocity[name] = MOMENTUM * velocity[name] + gradient if name in velocity else gradient
+        parameter.data -= LR * (gradient + MOMENTUM * velocity[name])
+    for name, buffer in after.named_buffers():
+        buffer.copy_(torch.stack([dict(twin.named_buffers())[name] for twin in copies]).double().mean(0))
+    count = sum(len(part.labels) for part in parts)
+    return after, {"loss": sum(losses) / len(losses) * count, "correct": correct, "count": count}
+
+
+@pytest.mark.parametrize("number", [1, 3])
+def test_a_step_is_the_mean_over_its_micro_batches(number: int, monkeypatch: pytest.MonkeyPatch) -> None:
+    """Two steps, so that momentum counts: weights, running statistics and sums are the reference's.
+
+    In float64, because batch norm over four samples magnifies the rounding of float32.
+    """
+    monkeypatch.setattr("pipeline.step.to_device", lambda images, device: to_device(images, device).double())
+    expected, velocity = small_model().double(), {}
+    state = new_state(copy.deepcopy(expected))
+    for turn in range(2):
+        parts = batches(number, seed=turn)
+        expected, sums = step_plainly(expected, velocity, parts)
+        found = train_step(state, parts, lr=LR, label_smoothing=SMOOTHING)
+        assert {k: float(v) for k, v in found.items()} == pytest.approx(sums, rel=1e-5)
+        assert state.step == turn + 1
+        for (name, one), other in zip(
+            state.model.state_dict().items(), expected.state_dict().values(), strict=True
+        ):
+            torch.testing.assert_close(one, other, rtol=1e-7, atol=1e-9, msg=lambda m, n=name: f"{n}: {m}")
+
+
+def test_running_statistics_move_once_a_step_whatever_the_micro_batches() -> None:
+    """Three equal micro-batches move them exactly as far as one of them."""
+    part = batches(1)[0]
+    once, thrice = new_state(small_model()), new_state(small_model())
+    train_step(once, [part], lr=0.0, label_smoothing=0.0)
+    train_step(thrice, [part] * 3, lr=0.0, label_smoothing=0.0)
+    start = small_model().state_dict()
+    for name, value in once.model.state_dict().items():
+        if "running" in name or "tracked" in name:
+            assert not torch.equal(value, start[name]), name
+            torch.testing.assert_close(thrice.model.state_dict()[name], value)
+
+
+def test_a_step_trains_also_after_an_evaluation() -> None:
+    state = new_state(small_model())
+    state.model.eval()
+    before = state.model.state_dict()["stem.1.running_mean"].clone()
+    train_step(state, batches(1), lr=0.0, label_smoothing=0.0)
+    assert state.model.training
+    assert not torch.equal(state.model.state_dict()["stem.1.running_mean"], before)
+
+
+def test_a_step_leaves_the_global_random_generator_alone() -> None:
+    state = new_state(small_model())
+    before = torch.get_rng_state()
+    train_step(state, batches(1), lr=0.1, label_smoothing=0.0)
+    assert torch.equal(torch.get_rng_state(), before)
+
+
+# --- optimizer ---------------------------------------------------------------------------------------------
+
+
+def test_weight_decay_is_for_the_weights_of_convolutions_and_matrices() -> None:
+    model = small_model()
+    layers = (m for m in model.modules() if isinstance(m, nn.Conv2d | nn.Linear))
+    weights = {id(layer.weight) for layer in layers}
+    decayed, others = optimizer(model, OPTIM).param_groups
+    assert {id(p) for p in decayed["params"]} == weights
+    assert {id(p) for p in others["params"]} == {id(p) for p in model.parameters()} - weights
+    assert (decayed["weight_decay"], others["weight_decay"]) == (DECAY, 0.0)
+    names = {id(p): name for name, p in model.named_parameters()}
+    free = [names[id(p)] for p in others["params"]]
+    assert sum(name.endswith("_table") for name in free) == 4  # the tables of the two GSA modules
+    assert "head.2.bias" in free
+
+
+@pytest.mark.parametrize("name", ["sgd", "adamw"])
+def test_without_a_gradient_only_decayed_weights_shrink(name: Any) -> None:
+    model = small_model()
+    before = {k: v.clone() for k, v in model.named_parameters()}
+    optim = optimizer(model, OptimConfig(name=name, weight_decay=DECAY, momentum=0.0))
+    for group in optim.param_groups:
+        group["lr"] = 0.5
+    for parameter in model.parameters():
+        parameter.grad = torch.zeros_like(parameter)
+    optim.step()
+    for key, value in model.named_parameters():
+        shrunk = value.ndim > 1 and not key.endswith("_table")
+        torch.testing.assert_close(value.detach(), before[key] * (1 - 0.5 * DECAY if shrunk else 1))
+
+
+def test_the_optimizer_is_the_one_of_the_recipe() -> None:
+    sgd = optimizer(small_model(), OptimConfig(momentum=0.8)).defaults
+    assert (sgd["momentum"], sgd["nesterov"]) == (0.8, True)
+    assert optimizer(small_model(), OptimConfig(momentum=0.0)).defaults["nesterov"] is False
+    adamw = optimizer(small_model(), OptimConfig(name="adamw", momentum=0.8))
+    assert isinstance(adamw, torch.optim.AdamW)
+    assert adamw.defaults["betas"] == (0.8, 0.999)
+
+
+def test_the_learning_rate_rises_linearly_and_falls_as_a_half_cosine() -> None:
+    rates = [lr_at(step, peak=2.0, total=110, warmup=10) for step in range(110)]
+    assert rates[:11] == pytest.approx([0.2, 0.4, 0.6, 0.8, 1.0, 1.2, 1.4, 1.6, 1.8, 2.0, 2.0])
+    assert rates[35] == pytest.approx(1 + math.sqrt(0.5))  # a quarter of the way down
+    assert rates[60] == pytest.approx(1.0)
+    assert rates[85] == pytest.approx(1 - math.sqrt(0.5))
+    assert rates[109] == pytest.approx(1 - math.cos(math.pi / 100))  # one step before zero
+    assert all(a >= b > 0 for a, b in pairwise(rates[10:]))
+
+
+def test_the_schedule_has_no_holes_at_its_edges() -> None:
+    assert lr_at(0, peak=2.0, total=4, warmup=0) == 2.0
+    assert [lr_at(s, peak=2.0, total=2, warmup=2) for s in (0, 1, 2)] == [1.0, 2.0, 2.0]
+    assert lr_at(4, peak=2.0, total=4, warmup=0) == 0.0
+
+
+def test_the_peak_grows_with_the_global_batch() -> None:
+    assert peak_lr(OptimConfig(lr=0.1, global_batch=256)) == pytest.approx(0.1)
+    assert peak_lr(OptimConfig(lr=0.1, global_batch=2048)) == pytest.approx(0.8)
+    assert peak_lr(OptimConfig(lr=0.2, global_batch=64)) == pytest.approx(0.05)
+
+
+# --- evaluation --------------------------------------------------------------------------------------------
+
+
+def table_of(logits: Tensor) -> Any:
+    """A forward that looks the logits of a picture up by its first pixel."""
+    return lambda images: logits[images[:, 0, 0, 0].long()]
+
+
+def numbered(labels: Tensor, size: int) -> list[Batch]:
+    images = torch.arange(len(labels), dtype=torch.uint8).view(-1, 1, 1, 1).expand(-1, 2, 2, 3)
+    return [Batch(images[i : i + size], labels[i : i + size]) for i in range(0, len(labels), size)]
+
+
+@pytest.mark.parametrize("classes", [3, 10])
+def test_evaluation_counts_exactly(classes: int) -> None:
+    """Against counting by hand, also with fewer than five classes, and in batches of any size."""
+    torch.manual_seed(0)
+    logits, labels = torch.randn(50, classes), torch.randint(0, classes, (50,))
+    rows = [sorted(range(classes), key=lambda c, row=row: -float(row[c])) for row in logits]
+    top1 = sum(order[0] == label for order, label in zip(rows, labels.tolist(), strict=True))
+    top5 = sum(label in order[:5] for order, label in zip(rows, labels.tolist(), strict=True))
+    right = logits.double().softmax(1)[range(50), labels]
+    for size in (1, 7, 50):
+        found = evaluate(table_of(logits), numbered(labels, size), expected=50)
+        assert (found.correct, found.samples) == (top1, 50)
+        assert (found.top1, found.top5) == pytest.approx((100 * top1 / 50, 100 * top5 / 50))
+        assert found.loss == pytest.approx(float(-right.log().mean()))
+    assert found.metrics() == {
+        "val/top1": found.top1,
+        "val/top5": found.top5,
+        "val/loss": found.loss,
+        "val/count": 50.0,
+    }
+
+
+def test_log_probabilities_count_like_logits() -> None:
+    torch.manual_seed(0)
+    logits, batch = torch.randn(8, 7), numbered(torch.randint(0, 7, (8,)), 8)[0]
+    plain, normalised = eval_step(table_of(logits), batch), eval_step(table_of(logits.log_softmax(1)), batch)
+    for key in ("loss", "correct", "correct5", "count"):
+        assert float(plain[key]) == pytest.approx(float(normalised[key]), rel=1e-6)
+
+
+@pytest.mark.parametrize("drop", ["sample", "batch", "all"])
+def test_evaluation_refuses_to_report_on_a_part(drop: str) -> None:
+    logits, parts = torch.randn(10, 3), numbered(torch.zeros(10, dtype=torch.long), 4)
+    parts[2] = Batch(parts[2].images[1:], parts[2].labels[1:]) if drop == "sample" else parts[2]
+    parts = {"sample": parts, "batch": parts[1:], "all": []}[drop]
+    seen = {"sample": 9, "batch": 6, "all": 0}[drop]
+    with pytest.raises(
+        RuntimeError, match=f"evaluation saw {seen} samples, expected each of 10 exactly once"
+    ):
+        evaluate(table_of(logits), parts, expected=10)
+
+
+def test_evaluation_refuses_a_sample_too_many() -> None:
+    parts = numbered(torch.zeros(10, dtype=torch.long), 4)
+    with pytest.raises(RuntimeError, match="evaluation saw 14 samples, expected each of 10"):
+        evaluate(table_of(torch.randn(10, 3)), [*parts, parts[0]], expected=10)
+
+
+def test_evaluation_takes_no_gradients() -> None:
+    batch = batches(1)[0]
+    model = small_model()
+    sums = eval_step(lambda images: model(to_device(images, CPU)), batch)
+    assert not any(value.requires_grad for value in sums.values())
+
+
+def test_sums_of_one_rank_are_its_own() -> None:
+    assert world_sums({"a": torch.tensor(1.5), "b": torch.tensor(2, dtype=torch.int64)}) == {
+        "a": 1.5,
+        "b": 2.0,
+    }
+
+
+def test_the_classifier_gives_probabilities_of_raw_pictures() -> None:
+    model, batch = small_model().eval(), batches(1)[0]
+    with torch.no_grad():
+        found = Classifier(model)(batch.images)
+        logits, _ = forward_plainly(model, batch)
+    torch.testing.assert_close(found, logits.softmax(1))
+    torch.testing.assert_close(found.sum(1), torch.ones(4))

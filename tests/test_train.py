@@ -1,0 +1,614 @@
+"""Training: the same bytes after any kill, the same result for any number of ranks, the same run for a config."""
+
+import errno
+import itertools
+import json
+import math
+import multiprocessing
+import os
+import random
+import re
+import resource
+import runpy
+import shutil
+import signal
+import sys
+import time
+from collections import Counter
+from collections.abc import Callable, Iterator
+from multiprocessing.process import BaseProcess
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+import pytest
+import torch
+import torch.distributed as dist
+
+from pipeline import checkpoint, data, metrics, step, train
+from pipeline.config import ConfigError, InputError
+from pipeline.data import Batch
+from pipeline.evaluate import evaluate
+from pipeline.plan import build_model, load_trained, prepare, read_run
+from pipeline.rundir import Out, RunDir, read_json
+from pipeline.shards import ShardError, ShardsConfig, build
+
+EPOCHS, STEPS = 3, 3  # of the runs in processes of their own; 54 samples make 3 steps of 16
+CALLS = ("fsync", "replace", "rename")  # of os: 7 of them make a checkpoint, 2 any other file
+
+
+# --- runs in processes of their own, to be killed ----------------------------------------------------------
+
+
+def work(job: dict[str, Any]) -> None:
+    """What such a process does: train as one rank of job["world"], with a journal record for each step."""
+    sys.stderr = open(job["log"], "a", buffering=1)  # noqa: SIM115
+    torch.set_num_threads(1)
+    multiprocessing.set_start_method("fork", force=True)  # as everywhere else, for the loader's workers
+    rank, world = job["rank"], job["world"]
+    if world > 1:
+        dist.init_process_group("gloo", init_method=f"file://{job['meeting']}", rank=rank, world_size=world)
+    train.LOG_EVERY = 1
+    if job.get("double"):
+        compute_in_float64()
+    if job.get("slow"):
+        real = train.train_step
+        train.train_step = lambda *args, **options: (time.sleep(0.02), real(*args, **options))[1]
+    if job.get("die_at"):
+        die_at_call(job["die_at"])
+    if job.get("mutant"):
+        MUTANTS[job["mutant"]]()
+    if job.get("seen"):
+        note_samples(Path(job["seen"]) / f"rank-{rank}")
+    train.train(RunDir(Path(job["run"])), lambda _: None, loader_workers=job.get("loader_workers", 0))
+    if job.get("lonely"):
+        evaluate_on_rank_0_alone(rank)
+    if world > 1:
+        dist.destroy_process_group()
+
+
+def compute_in_float64() -> None:
+    """Batch norm over four samples magnifies rounding tenfold a step: in float32 six steps would not compare."""
+    make, move = train.build_model, data.to_device
+    train.build_model = lambda *args: make(*args).double()  # type: ignore[assignment,misc]
+    data.to_device = step.to_device = lambda *args: move(*args).double()  # type: ignore[attr-defined,assignment]
+
+
+def die_at_call(number: int) -> None:
+    """SIGKILL instead of the call of that number that makes something visible or lasting."""
+    made = itertools.count(1)
+
+    def watch(name: str) -> None:
+        real = getattr(os, name)
+
+        def call(*args: Any, **options: Any) -> Any:
+            if next(made) == number:
+                os.kill(os.getpid(), signal.SIGKILL)
+            return real(*args, **options)
+
+        setattr(os, name, call)
+
+    for name in CALLS:
+        watch(name)
+
+
+def forget_optimizer() -> None:
+    torch.optim.Optimizer.load_state_dict = lambda *_: None  # type: ignore[assignment,method-assign]
+
+
+def keep_journal() -> None:
+    metrics.cut = lambda *_: None  # type: ignore[assignment]
+
+
+def forget_step() -> None:
+    newest = checkpoint.newest
+
+    def from_step_0(folder: Path) -> dict[str, Any] | None:
+        found = newest(folder)
+        return found and {**found, "step": 0}
+
+    checkpoint.newest = from_step_0  # type: ignore[assignment]
+
+
+# What a broken resume would do: the tests of resuming have to see each of them.
+MUTANTS = {"optimizer": forget_optimizer, "journal": keep_journal, "step": forget_step}
+
+
+def note_samples(path: Path) -> None:
+    read = data.read_sample
+
+    def note(samples: Any, i: int) -> bytes:
+        with open(path, "a") as file:
+            file.write(f"{samples.split} {i}\n")
+        return read(samples, i)
+
+    data.read_sample = note  # type: ignore[assignment]
+
+
+def evaluate_on_rank_0_alone(rank: int) -> None:
+    """A split smaller than the world: the other ranks have nothing to look at and still take part."""
+    four = Batch(torch.zeros(4, 2, 2, 3, dtype=torch.uint8), torch.tensor([0, 0, 0, 1]))
+    found = evaluate(lambda images: torch.eye(3)[[0] * len(images)], [four] if rank == 0 else [], expected=4)
+    assert (found.correct, found.samples) == (3, 4)
+
+
+@pytest.fixture(scope="module")
+def forks() -> Any:
+    """A process that has imported torch, and what it imports later, and forks a new one for each rank."""
+    context = multiprocessing.get_context("forkserver")
+    context.set_forkserver_preload(["pytest", "pipeline.train", "torch._dynamo", "pandas", "PIL.PngImagePlugin"])
+    with pytest.MonkeyPatch.context() as patch:
+        patch.setenv("OMP_NUM_THREADS", "1")
+        patch.setenv("GLOO_SOCKET_IFNAME", "lo")
+        warm = context.Process(target=len, args=((),))
+        warm.start()
+        warm.join()
+    return context
+
+
+class Ranks:
+    """The processes of one attempt at a run."""
+
+    def __init__(self, forks: Any, run: RunDir, world: int = 1, **job: Any) -> None:
+        self.run, self.log = run, run.logs / "test.txt"
+        meeting = str(run.logs / f"meeting-{os.urandom(4).hex()}")
+        common = {"run": str(run.path), "world": world, "meeting": meeting, "log": str(self.log), **job}
+        self.processes: list[BaseProcess] = [
+            forks.Process(target=runpy.run_path, args=(__file__, {"JOB": {**common, "rank": rank}}, "worker"))
+            for rank in range(world)
+        ]
+        for process in self.processes:
+            process.start()
+
+    def wait(self) -> list[int]:
+        """The exit codes."""
+        for process in self.processes:
+            process.join(timeout=120)
+        return [process.exitcode if process.exitcode is not None else 99 for process in self.processes]
+
+    def finish(self) -> RunDir:
+        codes = self.wait()
+        assert not any(codes), f"exit codes {codes}; {self.log.read_text()[-2000:]}"
+        return self.run
+
+    def kill_when(self, due: Callable[[], bool]) -> None:
+        """SIGKILL for all as soon as it is due."""
+        end = time.monotonic() + 120
+        while not due():
+            assert time.monotonic() < end, "it was never due"
+            assert any(p.is_alive() for p in self.processes), self.log.read_text()[-2000:]
+            time.sleep(0.002)
+        for process in self.processes:
+            process.kill()
+        assert self.wait() == [-signal.SIGKILL] * len(self.processes)
+
+
+def weights(run: RunDir) -> dict[str, Any]:
+    """All that a run's newest checkpoint holds, but the metrics."""
+    found = checkpoint.newest(run.checkpoints)
+    assert found is not None
+    return {key: value for key, value in found.items() if key != "metrics"}
+
+
+def tensors(values: Any, prefix: str = "") -> dict[str, Any]:
+    """Nested values as one level, tensors as arrays."""
+    if isinstance(values, dict | list):
+        pairs = values.items() if isinstance(values, dict) else enumerate(values)
+        return {k: v for key, value in pairs for k, v in tensors(value, f"{prefix}/{key}").items()}
+    return {prefix: values.numpy() if isinstance(values, torch.Tensor) else values}
+
+
+def same_weights(one: RunDir, other: RunDir) -> bool:
+    """To the bit."""
+    a, b = tensors(weights(one)), tensors(weights(other))
+    assert list(a) == list(b)
+    return all(
+        x.tobytes() == b[key].tobytes() if isinstance(x, np.ndarray) else x == b[key] for key, x in a.items()
+    )
+
+
+def series(run: RunDir) -> list[tuple[int, float, dict[str, float]]]:
+    """The journal, without what tells the time."""
+
+    def timed(key: str) -> bool:
+        return key.startswith("time/") or key.endswith("images_per_s")
+
+    records = metrics.read(run.metrics)
+    return [(r.step, r.epoch, {k: v for k, v in r.metrics.items() if not timed(k)}) for r in records]
+
+
+def assert_close(one: RunDir, other: RunDir) -> None:
+    """Weights and metrics within 1e-6, and whatever is counted exactly."""
+    for (n, epoch, a), (m, epoch_b, b) in zip(series(one), series(other), strict=True):
+        assert (n, epoch, list(a)) == (m, epoch_b, list(b))
+        for key in a:
+            assert a[key] == pytest.approx(b[key], abs=1e-6, rel=1e-6), f"{key} at step {n}"
+    found = tensors(weights(other))
+    for key, value in tensors(weights(one)).items():
+        if isinstance(value, np.ndarray) and value.dtype.kind == "f":
+            np.testing.assert_allclose(found[key], value, rtol=1e-6, atol=1e-6, err_msg=key)
+        else:
+            assert found[key] == value, key
+
+
+# --- kills -------------------------------------------------------------------------------------------------
+
+
+def output(mini: Path, root: Path) -> Out:
+    """An output root with the shards `mini` in it."""
+    (root / "shards").mkdir(parents=True)
+    (root / "shards" / "mini").symlink_to(mini)
+    return Out(root)
+
+
+@pytest.fixture(scope="module")
+def alone(forks: Any, mini: Path, mini_config: Any, tmp_path_factory: pytest.TempPathFactory) -> RunDir:
+    """A run that nothing disturbed, on one rank."""
+    out = output(mini, tmp_path_factory.mktemp("alone"))
+    return Ranks(forks, prepare(out, mini_config(epochs=EPOCHS))).finish()
+
+
+def test_a_run_killed_at_random_moments_ends_as_if_undisturbed(
+    forks: Any, alone: RunDir, out: Out, mini_config: Any
+) -> None:
+    run, rng, inside = prepare(out, mini_config(epochs=EPOCHS)), random.Random(0), 0
+    for records in (1, 2, 4, 5, 7, 8):  # a step each; 3, 6 and 9 end an epoch
+        attempt = Ranks(forks, run, slow=True)
+        attempt.kill_when(lambda n=records: len(metrics.read(run.metrics)) >= n)
+        time.sleep(rng.random() / 50)
+        saved = checkpoint.newest(run.checkpoints)
+        inside += metrics.read(run.metrics)[-1].step > (saved["step"] if saved else 0)
+    assert inside >= 2
+    assert not run.result.exists()
+    Ranks(forks, run).finish()
+    assert same_weights(run, alone)
+    assert series(run) == series(alone)
+    assert series(run)[-1][0] == EPOCHS * STEPS
+
+
+def test_a_run_killed_at_every_kind_of_write_ends_as_if_undisturbed(
+    forks: Any, alone: RunDir, out: Out, mini_config: Any
+) -> None:
+    """Calls 1 and 2 cut the journal of a run that goes on; then come 7 for each checkpoint, 2 for the result."""
+    run, left = prepare(out, mini_config(epochs=EPOCHS)), []
+    for call in (3, 6, 9, 15, 1, 11):
+        assert Ranks(forks, run, die_at=call).wait() == [-signal.SIGKILL]
+        saved = checkpoint.newest(run.checkpoints)
+        left.append(saved["step"] // STEPS if saved else 0)
+        assert not run.result.exists()
+    assert left == [0, 0, 1, 2, 2, 3]  # epochs that the kill spared
+    Ranks(forks, run).finish()
+    assert same_weights(run, alone)
+    assert series(run) == series(alone)
+    assert read_json(run.result)["steps"] == EPOCHS * STEPS
+
+
+@pytest.mark.parametrize("mutant", [None, *MUTANTS])
+def test_a_resume_that_forgets_something_would_be_seen(
+    mutant: str | None, forks: Any, alone: RunDir, killed: RunDir, tmp_path: Path
+) -> None:
+    """The proof that the tests above can fail; without a mutant, that the difference is the mutant's."""
+    run = RunDir(shutil.copytree(killed.path, tmp_path / "copy"))
+    Ranks(forks, run, mutant=mutant).finish()
+    unchanged = {
+        None: (True, True),
+        "optimizer": (False, False),
+        "journal": (True, False),
+        "step": (False, False),
+    }
+    assert (same_weights(run, alone), series(run) == series(alone)) == unchanged[mutant]
+
+
+@pytest.fixture(scope="module")
+def killed(forks: Any, mini: Path, mini_config: Any, tmp_path_factory: pytest.TempPathFactory) -> RunDir:
+    """A run killed in its third epoch."""
+    run = prepare(output(mini, tmp_path_factory.mktemp("killed")), mini_config(epochs=EPOCHS))
+    Ranks(forks, run, slow=True).kill_when(lambda: len(metrics.read(run.metrics)) >= 2 * STEPS + 1)
+    return run
+
+
+def test_loader_workers_change_nothing(forks: Any, alone: RunDir, out: Out, mini_config: Any) -> None:
+    run = Ranks(forks, prepare(out, mini_config(epochs=EPOCHS)), loader_workers=2).finish()
+    assert same_weights(run, alone)
+    assert series(run) == series(alone)
+
+
+# --- ranks -------------------------------------------------------------------------------------------------
+
+
+@pytest.fixture(scope="module")
+def worlds(
+    forks: Any, mini: Path, mini_config: Any, tmp_path_factory: pytest.TempPathFactory
+) -> dict[int, RunDir]:
+    """The same run of two epochs on one rank and on two, each noting the samples that it reads."""
+    runs = {}
+    for world in (1, 2):
+        run = prepare(output(mini, tmp_path_factory.mktemp(f"world-{world}")), mini_config())
+        (run.path / "seen").mkdir()
+        seen = str(run.path / "seen")
+        runs[world] = Ranks(forks, run, world, double=True, seen=seen, lonely=True).finish()
+    return runs
+
+
+def test_two_ranks_train_like_one(worlds: dict[int, RunDir]) -> None:
+    assert_close(worlds[1], worlds[2])
+    for run in worlds.values():
+        assert [values.get("val/count") for _, _, values in series(run)] == [None, None, 18.0] * 2
+
+
+@pytest.mark.parametrize("world", [1, 2])
+def test_all_ranks_together_see_every_sample_once_an_epoch(world: int, worlds: dict[int, RunDir]) -> None:
+    ranks = [path.read_text().splitlines() for path in sorted((worlds[world].path / "seen").iterdir())]
+    assert [len(lines) for lines in ranks] == [2 * (16 * STEPS + 18) // world] * world
+    counts = Counter(line for lines in ranks for line in lines)
+    assert [counts[f"val {i}"] for i in range(18)] == [2] * 18
+    train_counts = [counts[f"train {i}"] for i in range(54)]
+    assert sum(train_counts) == 2 * 16 * STEPS
+    assert set(train_counts) == {1, 2}  # the second epoch leaves others out than the first
+
+
+def test_two_killed_ranks_go_on_as_two_or_as_one(
+    forks: Any, worlds: dict[int, RunDir], out: Out, mini_config: Any, tmp_path: Path
+) -> None:
+    run = prepare(out, mini_config())
+    attempt = Ranks(forks, run, 2, double=True, slow=True)
+    attempt.kill_when(lambda: len(metrics.read(run.metrics)) >= STEPS + 1)
+    assert not run.result.exists()
+    other = RunDir(shutil.copytree(run.path, tmp_path / "copy"))
+    Ranks(forks, run, 2, double=True).finish()
+    assert same_weights(run, worlds[2])
+    assert series(run) == series(worlds[2])
+    Ranks(forks, other, 1, double=True).finish()
+    assert_close(other, worlds[1])
+
+
+# --- train, in this process --------------------------------------------------------------------------------
+
+
+@pytest.fixture(autouse=True)
+def one_thread() -> Iterator[None]:
+    """These sums are small: a second thread only waits, long where the machine is shared."""
+    threads = torch.get_num_threads()
+    torch.set_num_threads(1)
+    yield
+    torch.set_num_threads(threads)
+
+
+def test_a_run_trains_alone_and_its_loss_falls(out: Out, mini_config: Any) -> None:
+    calm = {"micro_batch": 16, "crop_scale": (0.7, 1.0), "flip": 0.0}
+    run, reports = prepare(out, mini_config(epochs=8, lr=1.0, **calm)), []
+    result = train.train(run, reports.append)
+    assert [r["epoch"] for r in reports] == [1, 2, 3, 4, 5, 6, 7, 8]
+    assert result == {k: v for k, v in reports[-1].items() if k != "epoch"}
+    losses = [r["train/loss"] for r in reports]
+    assert losses[0] == pytest.approx(math.log(3), abs=0.3)
+    assert losses[-1] < 0.7 * losses[0]
+    assert result["val/top1"] > 60
+    assert result["val/count"] == 18
+    # The journal holds what was reported; the rates are those of the schedule: 24 steps, 2 of them warm-up.
+    records = metrics.read(run.metrics)
+    assert [(r.step, r.epoch) for r in records] == [(3 * n, n) for n in range(1, 9)]
+    assert [{"epoch": r.epoch, **r.metrics} for r in records] == reports
+    rates = [16 / 256 * 0.5 * (1 + math.cos(math.pi * (3 * n - 3) / 22)) for n in range(1, 9)]
+    assert [r["train/lr"] for r in reports] == pytest.approx(rates)
+    assert read_json(run.result) == {"epochs": 8, "steps": 24, "metrics": result}
+    assert sorted(p.name for p in run.checkpoints.iterdir()) == ["step-000000021", "step-000000024"]
+
+
+def test_a_complete_run_is_not_trained_again(out: Out, mini_config: Any) -> None:
+    run, reports = prepare(out, mini_config(epochs=1)), []
+    result = train.train(run, reports.append)
+    before = weights(run)
+    run.result.unlink()  # killed before it was written
+    assert train.train(run, reports.append) == result
+    assert len(reports) == 1
+    assert read_json(run.result)["metrics"] == result
+    assert len(metrics.read(run.metrics)) == 1
+    assert tensors(weights(run)).keys() == tensors(before).keys()
+
+
+def test_a_loss_that_is_not_finite_ends_the_run_before_a_checkpoint(out: Out, mini_config: Any) -> None:
+    run = prepare(out, mini_config(lr=1e30))
+    expected = r"train/loss became nan within the 48 samples before step 3; next: a lower optim\.lr"
+    with pytest.raises(FloatingPointError, match=expected):
+        train.train(run, lambda _: None)
+    assert checkpoint.newest(run.checkpoints) is None
+    assert not run.result.exists()
+    assert not metrics.read(run.metrics)
+
+
+@pytest.mark.parametrize("name", ["stem.0.weight", "stem.1.running_var"])
+def test_weights_that_the_last_step_spoils_reach_no_checkpoint(
+    name: str, out: Out, mini_config: Any, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """All losses were finite: they are those of the weights before the step."""
+    run, real = prepare(out, mini_config()), train.train_step
+
+    def spoil(state: Any, *args: Any, **options: Any) -> Any:
+        sums = real(state, *args, **options)
+        if state.step == 2 * STEPS:
+            state.model.state_dict()[name][0] = math.inf
+        return sums
+
+    monkeypatch.setattr(train, "train_step", spoil)
+    expected = rf"{re.escape(name)} is no longer finite at step 6; next: a lower optim\.lr"
+    with pytest.raises(FloatingPointError, match=expected):
+        train.train(run, lambda _: None)
+    saved = checkpoint.newest(run.checkpoints)
+    assert saved is not None
+    assert saved["step"] == STEPS
+    assert not run.result.exists()
+
+
+def test_changed_shards_are_refused(out: Out, mini_config: Any, pictures: Path) -> None:
+    run = prepare(out, mini_config())
+    (out.root / "shards" / "mini").unlink()
+    build(ShardsConfig(name="mini", source="folder", input=str(pictures), seed=1), out.shards("mini"))
+    with pytest.raises(InputError, match=rf"run {run.name}: the shards in .* are not those that the run was"):
+        train.train(run, lambda _: None)
+    assert not run.metrics.exists()
+
+
+def test_ranks_that_cannot_share_a_batch_are_refused(
+    out: Out, mini_config: Any, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    run = prepare(out, mini_config())
+    monkeypatch.setattr(train, "this_place", lambda: train.Place(0, 3, torch.device("cpu")))
+    with pytest.raises(ConfigError, match="3 ranks cannot share 4 micro-batches"):
+        train.train(run, lambda _: None)
+
+
+# --- plan --------------------------------------------------------------------------------------------------
+
+
+def test_a_config_stands_for_one_run(out: Out, mini_config: Any) -> None:
+    run = prepare(out, mini_config())
+    facts, before = read_json(run.facts), run.facts.stat().st_mtime_ns
+    assert run.path.parent == out.root / "runs"
+    assert run.name == f"gsa_resnet_tiny-{facts['fingerprint'][:10]}"
+    assert facts["classes"] == ["0", "1", "2"]
+    assert prepare(out, mini_config()) == run
+    assert run.facts.stat().st_mtime_ns == before
+    config, manifest = read_run(run)
+    assert config == mini_config(placement="gggg")
+    assert manifest.digest == facts["shards_digest"]
+    network = build_model(config, 3)
+    assert facts["params"] == sum(p.numel() for p in network.parameters())
+    assert 0 < facts["gflops"] < 0.1
+
+
+@pytest.mark.parametrize(
+    ("changes", "message"),
+    [
+        ({"global_batch": 56}, "optim.global_batch 56 is above the 54 train samples; at most 54 would do"),
+        ({"model.name": "gsa_resnet51"}, "model: model 'gsa_resnet51' is unknown; did you mean"),
+        ({"placement": "ggxg"}, "model: placement 'ggxg', group 3: got 'x'"),
+        ({"components": "content+content"}, "model: components content[+]content name one twice"),
+        ({"heads": 5}, "model: dim 16 is not divisible by 5 heads"),
+        ({"window": 4}, "model: window must be an odd number of pixels, got 4"),
+        ({"image_size": 20}, "model: image_size 20 with the imagenet stem"),
+        ({"micro_batch": 1}, "optim.micro_batch 1 is too small: Expected more than 1 value per channel"),
+        ({"shards": "nothing"}, "nothing: no shards there"),
+    ],
+    ids=str,
+)
+def test_what_cannot_be_trained_is_refused_before_a_run_is_made(
+    changes: dict[str, Any], message: str, out: Out, mini_config: Any
+) -> None:
+    with pytest.raises(InputError, match=message) as caught:
+        prepare(out, mini_config(**changes))
+    assert isinstance(caught.value, ConfigError | ShardError)
+    assert not (out.root / "runs").exists()
+
+
+def test_shards_may_move(out: Out, mini_config: Any) -> None:
+    """Under another name they are still the same pictures: the same run, that finds them."""
+    run = prepare(out, mini_config())
+    (out.root / "shards" / "mini").rename(out.root / "shards" / "moved")
+    with pytest.raises(ShardError, match="no shards there"):
+        read_run(run)
+    assert prepare(out, mini_config(shards="moved")) == run
+    assert read_run(run)[1].folder == out.root / "shards" / "moved"
+
+
+def test_the_first_weights_depend_on_the_seed_alone(mini_config: Any) -> None:
+    torch.manual_seed(1)
+    before = torch.get_rng_state()
+    first = build_model(mini_config(), 3).state_dict()
+    assert torch.equal(torch.get_rng_state(), before)
+    torch.manual_seed(2)
+    again, other = (
+        build_model(mini_config(), 3).state_dict(),
+        build_model(mini_config(seed=1), 3).state_dict(),
+    )
+    assert all(torch.equal(first[key], again[key]) for key in first)
+    assert not torch.equal(first["stem.0.weight"], other["stem.0.weight"])
+
+
+def test_the_trained_network_is_the_newest_one(out: Out, mini_config: Any) -> None:
+    run = prepare(out, mini_config(epochs=1))
+    with pytest.raises(InputError, match=f"run {run.name} has no checkpoint; next: train it"):
+        load_trained(run)
+    train.train(run, lambda _: None)
+    network, config, _ = load_trained(run)
+    assert not network.training
+    assert config == read_run(run)[0]
+    saved = weights(run)["model"]
+    assert all(torch.equal(value, saved[key]) for key, value in network.state_dict().items())
+
+
+# --- the journal -------------------------------------------------------------------------------------------
+
+
+@pytest.fixture
+def journal(tmp_path: Path) -> Path:
+    """Steps 1, 2 and 3."""
+    path = tmp_path / "metrics.jsonl"
+    for n in (1, 2, 3):
+        metrics.append(path, step=n, epoch=n / 3, metrics={"train/loss": 1 / n, "val/count": 18.0})
+    return path
+
+
+def test_a_record_is_one_line_and_comes_back_the_same(journal: Path) -> None:
+    lines = journal.read_text().split("\n")
+    assert [sorted(json.loads(line)) for line in lines[:3]] == [["epoch", "metrics", "step", "time"]] * 3
+    assert lines[3:] == [""]
+    records = metrics.read(journal)
+    assert [(r.step, r.epoch, r.metrics["train/loss"]) for r in records] == [
+        (i, i / 3, 1 / i) for i in (1, 2, 3)
+    ]
+    assert time.time() - 60 < records[0].time <= records[2].time <= time.time()
+
+
+def test_a_torn_last_line_is_left_out_wherever_it_is_torn(journal: Path) -> None:
+    whole, records = journal.read_bytes(), metrics.read(journal)
+    start = whole[:-1].rindex(b"\n") + 1
+    for length in range(start, len(whole)):
+        journal.write_bytes(whole[:length])
+        assert metrics.read(journal) == records[:2]
+    journal.write_bytes(whole + b"\0" * 100)  # what some file systems leave of an append
+    assert metrics.read(journal) == records
+
+
+def test_a_cut_forgets_later_steps_and_a_torn_line(journal: Path) -> None:
+    records = metrics.read(journal)
+    journal.write_bytes(journal.read_bytes() + b'{"time": 1, "st')
+    metrics.cut(journal, 2)
+    assert metrics.read(journal) == records[:2]
+    metrics.append(journal, step=3, epoch=1.0, metrics={})
+    assert [r.step for r in metrics.read(journal)] == [1, 2, 3]
+    metrics.cut(journal, 0)
+    assert journal.read_bytes() == b""
+
+
+def test_a_journal_that_is_not_there_is_empty(tmp_path: Path) -> None:
+    metrics.cut(tmp_path / "none", 5)
+    assert metrics.read(tmp_path / "none") == []
+    assert metrics.age(tmp_path / "none") == (0, 0)
+    assert not (tmp_path / "none").exists()
+
+
+def test_the_age_of_a_journal_changes_with_it(journal: Path) -> None:
+    ages = [metrics.age(journal)]
+    metrics.append(journal, step=4, epoch=2.0, metrics={})
+    ages.append(metrics.age(journal))
+    metrics.cut(journal, 3)
+    ages.append(metrics.age(journal))
+    assert len(set(ages)) == 3
+
+
+def test_a_record_that_does_not_fit_on_the_disk_is_an_error(journal: Path) -> None:
+    """And never half a line, to which the next record would be glued."""
+    records, limits = metrics.read(journal), resource.getrlimit(resource.RLIMIT_FSIZE)
+    resource.setrlimit(resource.RLIMIT_FSIZE, (journal.stat().st_size + 10, limits[1]))
+    try:
+        with pytest.raises(OSError, match="No space left on device") as caught:
+            metrics.append(journal, step=4, epoch=2.0, metrics={})
+    finally:
+        resource.setrlimit(resource.RLIMIT_FSIZE, limits)
+    assert caught.value.errno == errno.ENOSPC
+    assert metrics.read(journal) == records
+
+
+if __name__ == "worker":
+    work(globals()["JOB"])

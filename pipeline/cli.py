@@ -74,7 +74,7 @@ def shards_build(
 ) -> None:
     """Write .tar shards and their manifest. Broken pictures are left out, counted and listed (exit code 0)."""
     from pipeline.config import validate
-    from pipeline.shards import ShardsConfig
+    from pipeline.pictures import ShardsConfig
     from pipeline.verbs import build_shards
 
     values = {
@@ -98,8 +98,9 @@ def shards_verify(
     out: OutOption = DEFAULT_OUT,
 ) -> None:
     """Prove every byte of every shard against the manifest. Exit code 1 if anything is wrong."""
+    from pipeline.manifest import read_manifest
     from pipeline.progress import bar
-    from pipeline.shards import read_manifest, verify
+    from pipeline.verify import verify
 
     folder = _out(out).shards(shards)
     if not folder.is_dir():
@@ -124,7 +125,8 @@ def shards_show(
     out: OutOption = DEFAULT_OUT,
 ) -> None:
     """Show what a set of shards holds."""
-    from pipeline.shards import contact_sheet, read_manifest, table
+    from pipeline.manifest import read_manifest
+    from pipeline.verify import contact_sheet, table
 
     manifest = read_manifest(_out(out).shards(shards))
     _print_rows(table(manifest), as_json, title=str(manifest.folder))

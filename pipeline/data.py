@@ -11,7 +11,7 @@ from torch.utils.data import DataLoader, Dataset
 from pipeline import augment, order
 from pipeline.config import Config
 from pipeline.decode import DecodeError, decode
-from pipeline.shards import Samples, ShardError, read_sample
+from pipeline.manifest import Samples, ShardError, read_sample
 
 # Per channel, of 0..1: ImageNet's, as every published ResNet uses them.
 MEAN, STD = (0.485, 0.456, 0.406), (0.229, 0.224, 0.225)
@@ -34,9 +34,7 @@ class Pictures(Dataset[tuple[np.ndarray, int]]):
         data = self.config.data
         try:
             image = decode(read_sample(self.samples, index))
-        except (
-            DecodeError
-        ) as error:  # the bytes that were written, but another decoder wrote them down as good
+        except DecodeError as error:  # the bytes that were written: another decoder took them
             path = self.samples.shard_paths[self.samples.shard[index]]
             raise ShardError(f"{path}, sample {self.samples.key[index]}: {error}") from None
         if self.epoch is None:

@@ -18,8 +18,8 @@ from pipeline.config import (
     read_yaml,
     validate,
 )
+from pipeline.manifest import Manifest, read_manifest
 from pipeline.rundir import Out, RunDir, read_json, write_atomic, write_json
-from pipeline.shards import Manifest, read_manifest
 
 
 def prepare(out: Out, config: Config) -> RunDir:

@@ -152,6 +152,10 @@ def register(
         raise InputError(
             f"alias {alias!r}: expected a-z, 0-9, '_' and '-'; `latest` and `v1` are MLflow's own"
         )
+    try:
+        experiment_id = client.get_run(run_id).info.experiment_id
+    except MlflowException as error:
+        raise InputError(f"model {model_name}: its training run is not in this store: {error}") from None
     tags = {**tags, "gsa.weights": weights_digest(classifier)}
     if code := code_state():
         tags["gsa.git_commit"] = code[0]
@@ -163,7 +167,7 @@ def register(
         with tempfile.TemporaryDirectory() as scratch:
             folder = Path(scratch) / "model"
             package(classifier, example, metadata=metadata, folder=folder)
-            model_id, source = _log_model(client, folder, run_id, tags)
+            model_id, source = _log_model(client, folder, experiment_id, run_id, tags)
         with contextlib.suppress(MlflowException):  # it exists; if it does not, the next line says so
             client.create_registered_model(model_name)
         created = client.create_model_version(model_name, source, run_id, tags=dict(tags), model_id=model_id)
@@ -181,7 +185,7 @@ def load(uri: str, tracking_uri: str) -> Loaded:
 
     Raises InputError: no registry there, no such model, alias or version, or a model that is not ours.
     """
-    match = re.fullmatch(rf"(?:models:/)?({_NAME})(?:@([\w-]+)|/([0-9]+))?", uri)
+    match = re.fullmatch(rf"(?:{SCHEME})?({_NAME})(?:@([\w-]+)|/([0-9]+))?", uri)
     if not match:
         raise InputError(f"model {uri!r}: expected NAME, NAME@alias or NAME/version")
     database = database_path(tracking_uri)
@@ -218,13 +222,14 @@ def weights_digest(module: "torch.nn.Module") -> str:
     return digest.hexdigest()
 
 
-def _log_model(client: "MlflowClient", folder: Path, run_id: str, tags: Mapping[str, str]) -> tuple[str, str]:
+def _log_model(
+    client: "MlflowClient", folder: Path, experiment_id: str, run_id: str, tags: Mapping[str, str]
+) -> tuple[str, str]:
     """A packaged model -> MLflow's LoggedModel, an output of the run. Returns its id and where it lies."""
     from mlflow.entities import LoggedModelOutput
     from mlflow.models import Model
 
     # Step by step through the client: `mlflow.pytorch.log_model` does the same to the process's global store.
-    experiment_id = client.get_run(run_id).info.experiment_id
     logged = client.create_logged_model(
         experiment_id, name="classifier", source_run_id=run_id, tags=dict(tags), model_type="classifier"
     )

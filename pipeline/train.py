@@ -16,10 +16,10 @@ from torch.nn.parallel import DistributedDataParallel
 from pipeline import checkpoint, data, metrics, order
 from pipeline.config import Config, ConfigError
 from pipeline.evaluate import Evaluation, evaluate
+from pipeline.manifest import Manifest, Samples
 from pipeline.optim import lr_at, optimizer, peak_lr
 from pipeline.plan import build_model, read_run
 from pipeline.rundir import RunDir, write_json
-from pipeline.shards import Manifest, Samples
 from pipeline.step import TrainState, train_step, world_sums
 
 log = logging.getLogger("gsa")

@@ -15,13 +15,15 @@ from pipeline import augment, data, registry, tracking
 from pipeline.config import Config, InputError, Resources, digest, dump, flat, read_yaml, validate
 from pipeline.decode import DecodeError, decode
 from pipeline.evaluate import Classifier, Evaluation, evaluate
+from pipeline.manifest import Manifest, read_manifest
 from pipeline.metrics import Record
+from pipeline.pictures import ShardsConfig
 from pipeline.plan import load_trained, read_run
 from pipeline.progress import Update, bar
 from pipeline.ray_session import session
 from pipeline.ray_train import fit
 from pipeline.rundir import Out, RunDir, hold, read_json, write_atomic
-from pipeline.shards import Built, Manifest, ShardsConfig, build, read_manifest
+from pipeline.shards import Built, build
 from pipeline.sweep import Outcome, Sweep, best, ended_trials, trials
 from pipeline.train import evaluate_split, this_place
 from pipeline.tune import search

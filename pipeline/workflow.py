@@ -10,9 +10,11 @@ from typing import Any, NamedTuple
 
 from pipeline import registry, verbs
 from pipeline.config import Config, InputError, Name, Positive, Resources, Section, digest, load
+from pipeline.manifest import read_manifest, read_sample
+from pipeline.pictures import ShardsConfig
 from pipeline.plan import prepare, read_run
 from pipeline.rundir import Out, RunDir, hold, read_json, write_atomic, write_json
-from pipeline.shards import ShardsConfig, listing, read_manifest, read_sample
+from pipeline.shards import listing
 from pipeline.sweep import Sweep, best
 
 Outputs = dict[str, Any]
@@ -69,7 +71,7 @@ def run_workflow(out: Out, workflow: Workflow, say: Callable[[str], None]) -> di
     """
     folder = out.workflow(workflow.name)
     with hold(folder / ".lock", f"workflow {workflow.name}"):
-        state = read_json(folder / "state.json") if (folder / "state.json").exists() else {}
+        state = read_state(out, workflow)
         outputs: dict[str, Outputs] = {}
         for stage in stages(out, workflow):
             inputs = digest([stage.settings, {need: outputs[need] for need in stage.needs}])
@@ -87,6 +89,12 @@ def run_workflow(out: Out, workflow: Workflow, say: Callable[[str], None]) -> di
         return outputs
 
 
+def read_state(out: Out, workflow: Workflow) -> dict[str, Any]:
+    """What earlier calls have finished: {stage: {inputs, outputs, seconds}}."""
+    path = out.workflow(workflow.name) / "state.json"
+    return dict(read_json(path)) if path.exists() else {}
+
+
 def stages(out: Out, workflow: Workflow) -> list[Stage]:
     """The graph, in an order in which it can run."""
     sweep = load(Sweep, "sweep", workflow.sweep.recipe)
@@ -94,7 +102,7 @@ def stages(out: Out, workflow: Workflow) -> list[Stage]:
     overrides = [f"data.shards={shards.name}", *workflow.sweep.overrides]
 
     def build_shards(_: dict[str, Outputs]) -> Outputs:
-        manifest = verbs.build_shards(out, shards, replace=True).manifest
+        manifest = verbs.build_shards(out, shards, replace="shards" in read_state(out, workflow)).manifest
         return {
             "digest": manifest.digest,
             "train": len(manifest.split("train")),

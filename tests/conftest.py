@@ -88,7 +88,8 @@ def pictures(tmp_path_factory: pytest.TempPathFactory) -> Path:
 @pytest.fixture(scope="session")
 def mini(pictures: Path, tmp_path_factory: pytest.TempPathFactory) -> Path:
     """Shards of the pictures: 54 to train on, 18 to test. Not to be changed: copy them first."""
-    from pipeline.shards import ShardsConfig, build
+    from pipeline.pictures import ShardsConfig
+    from pipeline.shards import build
 
     folder = tmp_path_factory.mktemp("shards") / "mini"
     config = ShardsConfig(name="mini", source="folder", input=str(pictures), val_fraction=0.25)

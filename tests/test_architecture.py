@@ -21,7 +21,7 @@ OWNERS = {  # library -> the only modules that may import it
     "ray": {"pipeline.ray_session", "pipeline.ray_train", "pipeline.tune", "cluster.ray_cluster"},
     "submitit": {"cluster.submit", "cluster.status", "cluster.job"},
     "yaml": {"pipeline.config"},
-    "sklearn": {"pipeline.shards", "pipeline.sources"},
+    "sklearn": {"pipeline.pictures"},
 }
 VERBS = ("models", "train", "tune", "evaluate", "register", "predict", "ui", "run", "doctor")
 HEAVY = ("torch", "ray", "mlflow", "pyarrow", "pandas", "sklearn", "webdataset", "numpy")

@@ -288,7 +288,23 @@ def test_what_is_not_there_is_one_clear_error(
     assert "\n" not in str(error.value)
 
 
+def test_a_version_is_there_while_it_has_its_alias(client: Any, run_id: str, images: Any, uri: str) -> None:
+    put(client, run_id, images, model_name="moved", alias="best")
+    assert registry.has_version(uri, "moved", "1", "best")
+    assert not registry.has_version(uri, "moved", "2", "best")
+    assert not registry.has_version(uri, "moved", "1", "other")
+    assert not registry.has_version(uri, "nobody", "1", "best")
+    client.delete_model_version("moved", "1")
+    assert not registry.has_version(uri, "moved", "1", "best")
+
+
+def test_a_model_whose_run_is_elsewhere_is_refused(client: Any, images: Any) -> None:
+    with pytest.raises(InputError, match="model pets: its training run is not in this store: Run with"):
+        put(client, "f" * 32, images)
+
+
 def test_asking_makes_no_registry(tmp_path: Path) -> None:
+    assert not registry.has_version(f"sqlite:///{tmp_path}/none/mlflow.db", "pets", "1", "champion")
     with pytest.raises(InputError, match=r"model pets: there is no registry at .*none/mlflow\.db"):
         load("pets", f"sqlite:///{tmp_path}/none/mlflow.db")
     assert not list(tmp_path.iterdir())

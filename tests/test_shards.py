@@ -25,22 +25,15 @@ import pyarrow.parquet as pq
 import pytest
 from PIL import Image
 
-from pipeline import shards
+from pipeline import manifest as manifests
+from pipeline import verify as proofs
 from pipeline.config import ConfigError, InputError, digest, validate
 from pipeline.decode import decode
+from pipeline.manifest import Manifest, ShardError, read_manifest, read_sample
+from pipeline.pictures import ShardsConfig
 from pipeline.rundir import hold
-from pipeline.shards import (
-    Manifest,
-    ShardError,
-    ShardsConfig,
-    build,
-    contact_sheet,
-    listing,
-    read_manifest,
-    read_sample,
-    table,
-    verify,
-)
+from pipeline.shards import build, listing
+from pipeline.verify import contact_sheet, table, verify
 
 
 def picture(number: int, kind: str = "JPEG", size: tuple[int, int] = (12, 9)) -> bytes:
@@ -114,7 +107,7 @@ def rewrite(folder: Path, change: Callable[[dict[str, Any], dict[str, list[Any]]
     del values["digest"]
     columns = old.to_pydict()
     change(values, columns)
-    new = pa.table(columns, schema=shards.SCHEMA)
+    new = pa.table(columns, schema=manifests.SCHEMA)
     text = json.dumps({**values, "digest": digest(values)})
     pq.write_table(new.replace_schema_metadata({b"gsa": text.encode()}), folder / "manifest.parquet")
 
@@ -551,7 +544,8 @@ KILLER = textwrap.dedent("""
     import os, random, shutil, signal, sys, time
     from pathlib import Path
     import webdataset
-    from pipeline.shards import ShardsConfig, build
+    from pipeline.pictures import ShardsConfig
+    from pipeline.shards import build
 
     photos, place, clock = sys.argv[1], Path(sys.argv[2]), random.Random(int(sys.argv[3]))
     read = lambda folder: {p.name: p.read_bytes() for p in folder.iterdir()}
@@ -774,7 +768,7 @@ def test_random_damage_to_the_manifest_is_refused_or_harmless(built: Path, own: 
         for name in ("classes", "shards", "made", "broken", "ignored", "empty_classes"):
             assert getattr(found, name) == getattr(good, name)
         for split in good.splits:
-            for column in shards.SCHEMA.names[2:]:
+            for column in manifests.SCHEMA.names[2:]:
                 expected = getattr(good.split(split), column).tolist()
                 assert getattr(found.split(split), column).tolist() == expected
     assert refused > 100
@@ -821,7 +815,7 @@ def test_samples_are_read_from_threads_forks_and_copies(built: Path, monkeypatch
     order = list(range(len(samples))) * 40
     random.Random(0).shuffle(order)
     for most in (256, 2, 0):  # descriptors kept
-        monkeypatch.setattr(shards, "MAX_OPEN", most)
+        monkeypatch.setattr(manifests, "MAX_OPEN", most)
         fresh = pickle.loads(pickle.dumps(samples))
         with ThreadPoolExecutor(8) as pool:
             found = list(pool.map(lambda i, s=fresh: read_sample(s, i), order))
@@ -1012,7 +1006,7 @@ def test_a_shard_that_cannot_be_read_is_a_fault(own: Path, monkeypatch: pytest.M
 
 def test_reading_and_proving_need_no_torch(built: Path) -> None:
     code = (
-        "import sys; from pathlib import Path; from pipeline.shards import verify\n"
+        "import sys; from pathlib import Path; from pipeline.verify import verify\n"
         "assert verify(Path(sys.argv[1])) == []\n"
         "print([m for m in ('torch', 'webdataset', 'sklearn') if m in sys.modules])"
     )
@@ -1026,7 +1020,7 @@ def test_reading_and_proving_need_no_torch(built: Path) -> None:
 
 def test_contact_sheet_spreads_over_the_classes(digits: Manifest, tmp_path: Path) -> None:
     labels = digits.split("train").label
-    chosen = shards._round_robin(labels)
+    chosen = proofs._round_robin(labels)
     assert labels[chosen[:30]].tolist() == list(range(10)) * 3
     assert sorted(chosen) == list(range(len(labels)))
     contact_sheet(digits, tmp_path / "sheet.png", n=10)

@@ -29,9 +29,11 @@ from pipeline import checkpoint, data, metrics, step, train
 from pipeline.config import ConfigError, InputError
 from pipeline.data import Batch
 from pipeline.evaluate import evaluate
+from pipeline.manifest import ShardError
+from pipeline.pictures import ShardsConfig
 from pipeline.plan import build_model, load_trained, prepare, read_run
 from pipeline.rundir import Out, RunDir, read_json
-from pipeline.shards import ShardError, ShardsConfig, build
+from pipeline.shards import build
 
 EPOCHS, STEPS = 3, 3  # of the runs in processes of their own; 54 samples make 3 steps of 16
 CALLS = ("fsync", "replace", "rename")  # of os: 7 of them make a checkpoint, 2 any other file
@@ -136,7 +138,9 @@ def evaluate_on_rank_0_alone(rank: int) -> None:
 def forks() -> Any:
     """A process that has imported torch, and what it imports later, and forks a new one for each rank."""
     context = multiprocessing.get_context("forkserver")
-    context.set_forkserver_preload(["pytest", "pipeline.train", "torch._dynamo", "pandas", "PIL.PngImagePlugin"])
+    context.set_forkserver_preload(
+        ["pytest", "pipeline.train", "torch._dynamo", "pandas", "PIL.PngImagePlugin"]
+    )
     with pytest.MonkeyPatch.context() as patch:
         patch.setenv("OMP_NUM_THREADS", "1")
         patch.setenv("GLOO_SOCKET_IFNAME", "lo")

@@ -12,7 +12,7 @@ from typing import Any
 import torch
 
 from pipeline.config import InputError
-from pipeline.rundir import read_json, write_atomic, write_json
+from pipeline.rundir import read_json, sync, write_atomic, write_json
 
 log = logging.getLogger("gsa")
 
@@ -35,10 +35,9 @@ def save(folder: Path, step: int, state: dict[str, Any]) -> Path:
     write_atomic(temporary / "state.pt", buffer.getvalue())
     sha256 = hashlib.sha256(buffer.getvalue()).hexdigest()
     write_json(temporary / "checksum.json", {"version": VERSION, "step": step, "sha256": sha256})
-    _sync(temporary)
     shutil.rmtree(target, ignore_errors=True)  # the same step again, after a resume from before it
     os.rename(temporary, target)
-    _sync(folder)
+    sync(folder)
     _prune(folder, target)
     return target
 
@@ -83,11 +82,3 @@ def _prune(folder: Path, newest: Path) -> None:
     kept = found.index(newest) + 1
     for other in found[: max(0, kept - KEEP)] + found[kept:]:
         shutil.rmtree(other, ignore_errors=True)
-
-
-def _sync(folder: Path) -> None:
-    descriptor = os.open(folder, os.O_RDONLY)
-    try:
-        os.fsync(descriptor)
-    finally:
-        os.close(descriptor)

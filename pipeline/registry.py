@@ -18,7 +18,8 @@ import numpy as np
 from numpy.typing import NDArray
 
 from pipeline.config import InputError, suggest
-from pipeline.tracking import code_state, database_path, open_store
+from pipeline.facts import code_state
+from pipeline.tracking import database_path, open_store
 
 if TYPE_CHECKING:
     import torch

@@ -39,7 +39,7 @@ from pipeline.pictures import (
     split_pictures,
     usable_classes,
 )
-from pipeline.rundir import hold
+from pipeline.rundir import hold, sync
 
 
 class Built(NamedTuple):
@@ -165,7 +165,7 @@ def _build(
         if folder.exists() and any(folder.iterdir()):
             folder.rename(old)
         building.rename(folder)
-        _sync(folder.parent)
+        sync(folder.parent)
     finally:
         _recover(folder)
 
@@ -228,7 +228,7 @@ def _write_tars(folder: Path, split: str, samples: Iterable[dict[str, str | byte
 
         def close_shard(name: str) -> None:
             files[-1].close()
-            _sync(Path(name))
+            sync(Path(name))
 
         pattern = f"{folder}/".replace("%", "%%") + f"{split}-%06d.tar"
         options = {"opener": open_shard, "post": close_shard, "encoder": False}
@@ -256,14 +256,5 @@ def _write_manifest(folder: Path, table: pa.Table, values: dict[str, Any]) -> No
     text = json.dumps({**values, "digest": digest(values)})
     table = table.replace_schema_metadata({b"gsa": text.encode()})
     pq.write_table(table, folder / MANIFEST, compression="zstd", write_page_checksum=True)
-    _sync(folder / MANIFEST)
-    _sync(folder)
-
-
-def _sync(path: Path) -> None:
-    """Wait until a file, or the names in a folder, are on the disk."""
-    descriptor = os.open(path, os.O_RDONLY)
-    try:
-        os.fsync(descriptor)
-    finally:
-        os.close(descriptor)
+    sync(folder / MANIFEST)
+    sync(folder)

@@ -11,10 +11,11 @@ import numpy as np
 import torch
 from torch import Tensor
 
-from pipeline import augment, data, registry, tracking
+from pipeline import augment, data, registry, server, tracking
 from pipeline.config import Config, InputError, Resources, digest, dump, flat, read_yaml, validate
 from pipeline.decode import DecodeError, decode
 from pipeline.evaluate import Classifier, Evaluation, evaluate
+from pipeline.facts import system_facts
 from pipeline.manifest import Manifest, read_manifest
 from pipeline.metrics import Record
 from pipeline.pictures import ShardsConfig
@@ -24,6 +25,7 @@ from pipeline.ray_session import session
 from pipeline.ray_train import fit
 from pipeline.rundir import Out, RunDir, hold, read_json, write_atomic
 from pipeline.shards import Built, build
+from pipeline.shipper import Shipper
 from pipeline.sweep import Outcome, Sweep, best, ended_trials, trials
 from pipeline.train import evaluate_split, this_place
 from pipeline.tune import search
@@ -159,10 +161,10 @@ def best_run(out: Out, sweep: str) -> RunDir:
 
 def ui_command(out: Out, host: str, port: int) -> tuple[list[str], dict[str, str], str]:
     """Command, environment and address of the MLflow UI on what lies below `out`."""
-    command, environment = tracking.serve(out.tracking_uri, out.artifacts, host, port)
+    command, environment = server.serve(out.tracking_uri, out.artifacts, host, port)
     client = tracking.open_store(out.tracking_uri, out.artifacts)
     newest = max((int(e.experiment_id) for e in client.search_experiments()), default=0)
-    return command, environment, tracking.ui_url(host, port, str(newest))
+    return command, environment, server.ui_url(host, port, str(newest))
 
 
 class Prediction(NamedTuple):
@@ -259,7 +261,7 @@ class _Mirror:
 
     def __init__(self, client: Any, experiment: str, epochs: _Epochs) -> None:
         self.client, self.experiment, self.epochs = client, experiment, epochs
-        self.shipper = tracking.Shipper(client, epochs.read)
+        self.shipper = Shipper(client, epochs.read)
         self.open: set[RunDir] = set()
 
     def start(self, run: RunDir, config: Config, *, tags: dict[str, str], parent: str | None = None) -> None:
@@ -275,7 +277,7 @@ class _Mirror:
             name=run.name,
             key=facts["fingerprint"],
             params=flat(config),
-            tags={**tracking.system_facts(), **shown, **tags},
+            tags={**system_facts(), **shown, **tags},
             parent=parent,
             description=f"Run folder `{run.path}`",
         )
@@ -284,9 +286,10 @@ class _Mirror:
         self.open.add(run)
 
     def end(self, run: RunDir, status: str) -> None:
-        self.shipper.finish(run, status)
         self.epochs.end(run)
-        self.open.discard(run)
+        if run in self.open:  # else it failed before it started
+            self.open.remove(run)
+            self.shipper.finish(run, status)
 
     def start_sweep(self, sweep: Sweep, names: list[str]) -> str:
         values = {k: v for k, v in sweep.model_dump(mode="json").items() if k != "parameters"}
@@ -296,7 +299,7 @@ class _Mirror:
             name=f"sweep {sweep.name}",
             key=f"sweep-{sweep.name}-{digest(sorted(names))}",
             params={**values, **sweep.parameters},
-            tags={**tracking.system_facts(), "gsa.trials": str(len(names))},
+            tags={**system_facts(), "gsa.trials": str(len(names))},
             description=f"Sweep `{sweep.name}`: {len(names)} trials, best by {sweep.metric}",
         )
 

@@ -17,7 +17,7 @@ ALLOWED = {  # package -> our packages that it may import
 OWNERS = {  # library -> the only modules that may import it
     "webdataset": {"pipeline.shards", "pipeline.data"},
     "pyarrow": {"pipeline.shards", "pipeline.manifest", "pipeline.order", "pipeline.report"},
-    "mlflow": {"pipeline.tracking", "pipeline.registry"},
+    "mlflow": {"pipeline.tracking", "pipeline.shipper", "pipeline.registry"},
     "ray": {"pipeline.ray_session", "pipeline.ray_train", "pipeline.tune", "cluster.ray_cluster"},
     "submitit": {"cluster.submit", "cluster.status", "cluster.job"},
     "yaml": {"pipeline.config"},

@@ -219,7 +219,7 @@ def test_without_checkpoints_there_is_none(tmp_path: Path, caplog: pytest.LogCap
 # --- crashes -----------------------------------------------------------------------------------------------
 
 CALLS = ("fsync", "replace", "rename")  # of os: the moments at which something becomes visible, or lasting
-WRITES = 7  # such calls in a save
+WRITES = 8  # such calls in a save
 
 
 def at_call(number: int, action: Callable[[], None], monkeypatch: pytest.MonkeyPatch) -> list[str]:
@@ -263,7 +263,7 @@ def test_a_save_makes_these_calls(folder: Path, monkeypatch: pytest.MonkeyPatch)
     """Each file reaches the disk before its name, both before the folder's name, and that before the end."""
     made = at_call(0, no_space, monkeypatch)
     save(folder, 3, state(3))
-    assert made == ["fsync", "replace", "fsync", "replace", "fsync", "rename", "fsync"]
+    assert made == ["fsync", "replace", "fsync", "fsync", "replace", "fsync", "rename", "fsync"]
     assert len(made) == WRITES
 
 

@@ -24,6 +24,7 @@ from torch import nn
 from pipeline import registry, tracking
 from pipeline.config import InputError
 from pipeline.registry import Registered, load, register, weights_digest
+from pipeline.server import serve
 
 # MLflow 3.17.2 with SQLAlchemy 2.1, and its own type hints: theirs to mend, each said once a process.
 NOISE = (
@@ -393,7 +394,7 @@ def test_a_model_is_registered_and_loaded_through_a_server(
         s.bind(("127.0.0.1", 0))
         port = s.getsockname()[1]
     artifacts = Path(uri.removeprefix("sqlite:///")).parent / "artifacts"
-    command, environment = tracking.serve(uri, artifacts, port=port)
+    command, environment = serve(uri, artifacts, port=port)
     with open(tmp_path / "log", "w") as log:
         server = psutil.Popen(command, env=environment, cwd=tmp_path, stdout=log, stderr=log)
     try:

@@ -22,11 +22,14 @@ from typing import Any
 import psutil
 import pytest
 
-from pipeline import metrics, tracking
+from pipeline import facts, metrics, tracking
 from pipeline.config import InputError
+from pipeline.facts import system_facts
 from pipeline.metrics import Record
 from pipeline.rundir import RunDir, read_json
-from pipeline.tracking import Shipper, database_path, experiment, open_store, start_run
+from pipeline.server import serve, ui_url
+from pipeline.shipper import Shipper
+from pipeline.tracking import database_path, experiment, open_store, start_run
 
 pytestmark = [
     # MLflow 3.17.2 with SQLAlchemy 2.1: theirs to mend, and it says so once a process.
@@ -313,10 +316,11 @@ def test_a_run_killed_before_its_parameters_gets_them_when_continued(client: Any
 def test_the_commit_is_logged_where_the_code_is_in_a_checkout(
     client: Any, home: str, monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    monkeypatch.setattr(tracking, "code_state", lambda: ("c0ffee", True))
+    for module in (tracking, facts):
+        monkeypatch.setattr(module, "code_state", lambda: ("c0ffee", True))
     run_id = start_run(client, home, name="c", key="commit", params={}, tags={})
     assert client.get_run(run_id).data.tags["mlflow.source.git.commit"] == "c0ffee"
-    assert tracking.system_facts()["git_dirty"] == "true"
+    assert system_facts()["git_dirty"] == "true"
 
 
 def test_a_deleted_experiment_is_one_clear_error(client: Any, store: tuple[str, Path]) -> None:
@@ -422,7 +426,7 @@ def test_a_shipper_killed_between_store_and_watermark_sends_no_step_twice(
     write(run, 1, 2)
     assert ship(client, run, run_id) == 0
     with monkeypatch.context() as patch:  # the points reach the store, the watermark does not reach the file
-        patch.setattr(tracking, "write_json", lambda *_: (_ for _ in ()).throw(OSError("no space left")))
+        patch.setattr("pipeline.shipper.write_json", lambda *_: (_ for _ in ()).throw(OSError("no space left")))
         write(run, 3, 4)
         shipper = Shipper(client, **FAST)
         shipper.follow(run, run_id)
@@ -654,13 +658,13 @@ def test_the_server_shows_runs_and_files_to_this_machine_alone(
     write(run, 1, 2)
     metrics.append(run.metrics, step=3, epoch=0, metrics={"train/loss": math.nan})
     port = free_port()
-    command, environment = tracking.serve(*store, port=port)
+    command, environment = serve(*store, port=port)
     with running(command, environment, port, tmp_path) as server:
         assert listening(server, port) == {"127.0.0.1"}
         api = "/api/2.0/mlflow"
         status, text = ask(port, f"{api}/runs/search", body={"experiment_ids": [home]})
         assert status == 200 and run_id in text
-        page = "/" + tracking.ui_url("127.0.0.1", port, home).split("/", 3)[3].split("#")[0]
+        page = "/" + ui_url("127.0.0.1", port, home).split("/", 3)[3].split("#")[0]
         assert "<html" in ask(port, page)[1]
         assert ask(port, f"/get-artifact?path=config.yaml&run_uuid={run_id}") == (200, "seed: 7\n")
         for tunnel in ("localhost:8080", "127.0.0.1:1"):  # an SSH tunnel that ends at another port
@@ -696,7 +700,7 @@ def test_an_address_that_others_reach_needs_a_password(
     if password:
         monkeypatch.setenv("MLFLOW_AUTH_ADMIN_PASSWORD", password)
     with pytest.raises(InputError, match="MLFLOW_AUTH_ADMIN_PASSWORD with 12 characters or more"):
-        tracking.serve(*store, host=host)
+        serve(*store, host=host)
 
 
 def test_an_address_that_others_reach_needs_the_extra(
@@ -705,7 +709,7 @@ def test_an_address_that_others_reach_needs_the_extra(
     monkeypatch.setenv("MLFLOW_AUTH_ADMIN_PASSWORD", "long enough for all")
     monkeypatch.setitem(sys.modules, "flask_wtf", None)
     with pytest.raises(InputError, match=r"pip install 'gsa-networks\[auth\]'"):
-        tracking.serve(*store, host="0.0.0.0")
+        serve(*store, host="0.0.0.0")
 
 
 def test_a_server_for_others_asks_who_they_are(
@@ -715,7 +719,7 @@ def test_a_server_for_others_asks_who_they_are(
     monkeypatch.setenv("MLFLOW_AUTH_ADMIN_PASSWORD", "long enough for all")
     monkeypatch.setenv("MLFLOW_SERVER_DISABLE_SECURITY_MIDDLEWARE", "true")  # must not reach the server
     port = free_port()
-    command, environment = tracking.serve(*store, host="0.0.0.0", port=port)
+    command, environment = serve(*store, host="0.0.0.0", port=port)
     assert "--app-name" in command and "0.0.0.0" in command
     assert "long enough for all" not in " ".join(command)
     command[command.index("0.0.0.0")] = "127.0.0.1"  # a test opens nothing to others
@@ -742,20 +746,20 @@ def test_a_server_for_others_asks_who_they_are(
 
 def test_a_server_is_not_served_again(tmp_path: Path) -> None:
     with pytest.raises(InputError, match=r"http://host:5000 is a server already"):
-        tracking.serve("http://host:5000", tmp_path)
+        serve("http://host:5000", tmp_path)
 
 
 def test_the_address_of_the_runs_table() -> None:
     path = "#/experiments/3/runs?workflowType=machine_learning"
-    assert tracking.ui_url("127.0.0.1", 5000, "3") == f"http://127.0.0.1:5000/{path}"
-    assert tracking.ui_url("::1", 5000, "3") == f"http://[::1]:5000/{path}"
-    assert tracking.ui_url("0.0.0.0", 5000, "3") == f"http://{socket.gethostname()}:5000/{path}"
+    assert ui_url("127.0.0.1", 5000, "3") == f"http://127.0.0.1:5000/{path}"
+    assert ui_url("::1", 5000, "3") == f"http://[::1]:5000/{path}"
+    assert ui_url("0.0.0.0", 5000, "3") == f"http://{socket.gethostname()}:5000/{path}"
 
 
 def test_system_facts_are_plain_strings() -> None:
-    facts = tracking.system_facts()
-    assert all(isinstance(value, str) and value for value in facts.values())
-    assert facts["mlflow"].startswith("3.") and int(facts["cpus"]) >= 1 and float(facts["memory_gib"]) > 0
+    found = system_facts()
+    assert all(isinstance(value, str) and value for value in found.values())
+    assert found["mlflow"].startswith("3.") and int(found["cpus"]) >= 1 and float(found["memory_gib"]) > 0
 
 
 def test_relative_databases_are_made_absolute(monkeypatch: pytest.MonkeyPatch, tmp_path: Path) -> None:

@@ -36,7 +36,8 @@ from pipeline.rundir import Out, RunDir, read_json
 from pipeline.shards import build
 
 EPOCHS, STEPS = 3, 3  # of the runs in processes of their own; 54 samples make 3 steps of 16
-CALLS = ("fsync", "replace", "rename")  # of os: 7 of them make a checkpoint, 2 any other file
+CALLS = ("fsync", "replace", "rename")  # of os: the moments at which something becomes visible, or lasting
+FILE, CHECKPOINT = 3, 8  # how many of them make a file, and a checkpoint of two files
 
 
 # --- runs in processes of their own, to be killed ----------------------------------------------------------
@@ -62,7 +63,9 @@ def work(job: dict[str, Any]) -> None:
         MUTANTS[job["mutant"]]()
     if job.get("seen"):
         note_samples(Path(job["seen"]) / f"rank-{rank}")
-    train.train(RunDir(Path(job["run"])), lambda _: None, loader_workers=job.get("loader_workers", 0))
+    run, reports = RunDir(Path(job["run"])), []
+    train.train(run, reports.append, loader_workers=job.get("loader_workers", 0))
+    (run.logs / f"reports-{rank}.json").write_text(json.dumps(reports))
     if job.get("lonely"):
         evaluate_on_rank_0_alone(rank)
     if world > 1:
@@ -273,9 +276,10 @@ def test_a_run_killed_at_random_moments_ends_as_if_undisturbed(
 def test_a_run_killed_at_every_kind_of_write_ends_as_if_undisturbed(
     forks: Any, alone: RunDir, out: Out, mini_config: Any
 ) -> None:
-    """Calls 1 and 2 cut the journal of a run that goes on; then come 7 for each checkpoint, 2 for the result."""
+    """A run that goes on cuts its journal, writes a checkpoint an epoch, then the result."""
     run, left = prepare(out, mini_config(epochs=EPOCHS)), []
-    for call in (3, 6, 9, 15, 1, 11):
+    first, second = FILE, FILE + CHECKPOINT  # calls before the first and the second checkpoint of such a run
+    for call in (4, first + 5, first + 8, second + 7, 1, second + 2):
         assert Ranks(forks, run, die_at=call).wait() == [-signal.SIGKILL]
         saved = checkpoint.newest(run.checkpoints)
         left.append(saved["step"] // STEPS if saved else 0)
@@ -338,6 +342,18 @@ def test_two_ranks_train_like_one(worlds: dict[int, RunDir]) -> None:
     assert_close(worlds[1], worlds[2])
     for run in worlds.values():
         assert [values.get("val/count") for _, _, values in series(run)] == [None, None, 18.0] * 2
+
+
+def test_every_rank_reports_every_epoch_with_the_metrics_of_the_whole_world(
+    worlds: dict[int, RunDir],
+) -> None:
+    """Ray Train waits for all of them."""
+    first, second = (read_json(worlds[2].logs / f"reports-{rank}.json") for rank in (0, 1))
+    assert [r["epoch"] for r in first] == [r["epoch"] for r in second] == [1, 2]
+    for one, other, record in zip(first, second, metrics.read(worlds[2].metrics)[2::3], strict=True):
+        assert {"epoch": record.epoch, **record.metrics} == one
+        for key in ("train/loss", "train/top1", "val/top1", "val/loss", "val/count"):
+            assert one[key] == other[key]
 
 
 @pytest.mark.parametrize("world", [1, 2])

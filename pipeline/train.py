@@ -47,6 +47,8 @@ def train(run: RunDir, report: Report, *, loader_workers: int = 0) -> dict[str, 
     """
     config, manifest = read_run(run)
     place = this_place()
+    if place.device.type == "cuda":
+        torch.cuda.set_device(place.device)
     loop = _Loop(config, manifest, run, place, loader_workers)
     # 1. weights, optimizer and step come from the newest intact checkpoint, the same on every rank
     loop.resume()
@@ -182,10 +184,10 @@ class _Sums:
 
     def __init__(self, device: torch.device) -> None:
         self.device = device
-        self._reset(0)
+        self._reset()
 
-    def _reset(self, step: int) -> None:
-        self.first, self.start = step, time.monotonic()
+    def _reset(self) -> None:
+        self.start = time.monotonic()
         self.sums: dict[str, torch.Tensor] = {}
 
     def add(self, sums: dict[str, torch.Tensor]) -> None:
@@ -199,7 +201,7 @@ class _Sums:
             raise FloatingPointError(
                 f"train/loss became {total['loss']} within the {round(count)} samples before step {step}; {CALMER}"
             )
-        self._reset(step)
+        self._reset()
         return {
             "train/loss": total["loss"] / count,
             "train/top1": 100 * total["correct"] / count,

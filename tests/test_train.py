@@ -15,7 +15,7 @@ import signal
 import sys
 import time
 from collections import Counter
-from collections.abc import Callable, Iterator
+from collections.abc import Iterator
 from multiprocessing.process import BaseProcess
 from pathlib import Path
 from typing import Any
@@ -54,9 +54,8 @@ def work(job: dict[str, Any]) -> None:
     train.LOG_EVERY = 1
     if job.get("double"):
         compute_in_float64()
-    if job.get("slow"):
-        real = train.train_step
-        train.train_step = lambda *args, **options: (time.sleep(0.02), real(*args, **options))[1]
+    if job.get("hang_at"):
+        hang_at_step(job["hang_at"])
     if job.get("die_at"):
         die_at_call(job["die_at"])
     if job.get("mutant"):
@@ -77,6 +76,18 @@ def compute_in_float64() -> None:
     make, move = train.build_model, data.to_device
     train.build_model = lambda *args: make(*args).double()  # type: ignore[assignment,misc]
     data.to_device = step.to_device = lambda *args: move(*args).double()  # type: ignore[attr-defined,assignment]
+
+
+def hang_at_step(number: int) -> None:
+    """Wait for the kill after that step: however slow the machine is, it comes in time."""
+    real = train.train_step
+
+    def hang(state: Any, *args: Any, **options: Any) -> Any:
+        if state.step == number:
+            time.sleep(600)
+        return real(state, *args, **options)
+
+    train.train_step = hang
 
 
 def die_at_call(number: int) -> None:
@@ -168,23 +179,29 @@ class Ranks:
             process.start()
 
     def wait(self) -> list[int]:
-        """The exit codes."""
+        """The exit codes; who has not ended by itself is killed."""
         for process in self.processes:
             process.join(timeout=120)
-        return [process.exitcode if process.exitcode is not None else 99 for process in self.processes]
+            process.kill()
+            process.join()
+        return [int(process.exitcode or 0) for process in self.processes]
 
     def finish(self) -> RunDir:
         codes = self.wait()
         assert not any(codes), f"exit codes {codes}; {self.log.read_text()[-2000:]}"
         return self.run
 
-    def kill_when(self, due: Callable[[], bool]) -> None:
-        """SIGKILL for all as soon as it is due."""
+    def kill_after_step(self, number: int) -> None:
+        """SIGKILL for all as soon as the journal knows of that step."""
         end = time.monotonic() + 120
-        while not due():
-            assert time.monotonic() < end, "it was never due"
-            assert any(p.is_alive() for p in self.processes), self.log.read_text()[-2000:]
+        while len(metrics.read(self.run.metrics)) < number and time.monotonic() < end:
+            if not all(p.is_alive() for p in self.processes):
+                break
             time.sleep(0.002)
+        self.kill()
+        assert len(metrics.read(self.run.metrics)) == number, self.log.read_text()[-2000:]
+
+    def kill(self) -> None:
         for process in self.processes:
             process.kill()
         assert self.wait() == [-signal.SIGKILL] * len(self.processes)
@@ -258,15 +275,14 @@ def alone(forks: Any, mini: Path, mini_config: Any, tmp_path_factory: pytest.Tem
 def test_a_run_killed_at_random_moments_ends_as_if_undisturbed(
     forks: Any, alone: RunDir, out: Out, mini_config: Any
 ) -> None:
-    run, rng, inside = prepare(out, mini_config(epochs=EPOCHS)), random.Random(0), 0
-    for records in (1, 2, 4, 5, 7, 8):  # a step each; 3, 6 and 9 end an epoch
-        attempt = Ranks(forks, run, slow=True)
-        attempt.kill_when(lambda n=records: len(metrics.read(run.metrics)) >= n)
-        time.sleep(rng.random() / 50)
+    run, rng = prepare(out, mini_config(epochs=EPOCHS)), random.Random(0)
+    for step_before in (2, 4, 8):  # in the first, the second and the third epoch
+        attempt = Ranks(forks, run, hang_at=8)
+        time.sleep(rng.random())
+        attempt.kill()
+        Ranks(forks, run, hang_at=step_before).kill_after_step(step_before)
         saved = checkpoint.newest(run.checkpoints)
-        inside += metrics.read(run.metrics)[-1].step > (saved["step"] if saved else 0)
-    assert inside >= 2
-    assert not run.result.exists()
+        assert metrics.read(run.metrics)[-1].step > (saved["step"] if saved else 0)
     Ranks(forks, run).finish()
     assert same_weights(run, alone)
     assert series(run) == series(alone)
@@ -311,7 +327,7 @@ def test_a_resume_that_forgets_something_would_be_seen(
 def killed(forks: Any, mini: Path, mini_config: Any, tmp_path_factory: pytest.TempPathFactory) -> RunDir:
     """A run killed in its third epoch."""
     run = prepare(output(mini, tmp_path_factory.mktemp("killed")), mini_config(epochs=EPOCHS))
-    Ranks(forks, run, slow=True).kill_when(lambda: len(metrics.read(run.metrics)) >= 2 * STEPS + 1)
+    Ranks(forks, run, hang_at=2 * STEPS + 1).kill_after_step(2 * STEPS + 1)
     return run
 
 
@@ -371,9 +387,7 @@ def test_two_killed_ranks_go_on_as_two_or_as_one(
     forks: Any, worlds: dict[int, RunDir], out: Out, mini_config: Any, tmp_path: Path
 ) -> None:
     run = prepare(out, mini_config())
-    attempt = Ranks(forks, run, 2, double=True, slow=True)
-    attempt.kill_when(lambda: len(metrics.read(run.metrics)) >= STEPS + 1)
-    assert not run.result.exists()
+    Ranks(forks, run, 2, double=True, hang_at=STEPS + 1).kill_after_step(STEPS + 1)
     other = RunDir(shutil.copytree(run.path, tmp_path / "copy"))
     Ranks(forks, run, 2, double=True).finish()
     assert same_weights(run, worlds[2])

@@ -86,7 +86,14 @@ def _load(pictures: Pictures, batches: Iterator[np.ndarray], workers: int) -> It
         collate_fn=_collate,
         pin_memory=torch.cuda.is_available(),
     )
-    return iter(loader)
+    try:
+        yield from loader
+        return
+    except ShardError as error:
+        lines = str(error).splitlines()
+        error.__traceback__ = None  # it holds the loader, which would wait 5 seconds for each worker
+    # Of a loader worker's error the last line is ours; the others tell how torch brought it here.
+    raise ShardError(lines[-1].removeprefix(f"{ShardError.__module__}.{ShardError.__name__}: "))
 
 
 def _collate(samples: list[tuple[np.ndarray, int]]) -> Batch:

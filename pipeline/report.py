@@ -62,8 +62,8 @@ def summary(out: Out, workflow: Any, outputs: dict[str, dict[str, Any]]) -> str:
         "",
         f"sweep {sweep['sweep']}: {len(ended)} trials, best {sweep['best']['run']}",
         table(trial_rows(out, ended)),
-        "The champion is the best of these trials by val top-1, trained on: the same pictures chose and judge it,",
-        "so its accuracy is a little flattered.",
+        "The champion has the settings of the best trial, trained to the end. The same val pictures chose and",
+        "judge it, so its accuracy is a little flattered.",
         "",
         f"champion   {registered['uri']} = version {registered['version']}, run {train['run']}",
         f"val top-1  {registered['top1']:.2f} % ({registered['correct']} of {registered['samples']} images, "

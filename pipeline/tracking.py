@@ -9,6 +9,7 @@ import os
 import re
 import socket
 import sqlite3
+import time
 from collections.abc import Iterable, Iterator, Mapping
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
@@ -137,6 +138,27 @@ def start_run(
         for i in range(0, len(missing), 100):
             client.log_batch(run_id, params=missing[i : i + 100])
     return run_id
+
+
+def end_run(
+    client: "MlflowClient",
+    run_id: str,
+    status: str,
+    metrics: Mapping[str, float],
+    *,
+    step: int,
+    tags: Mapping[str, str],
+) -> None:
+    """Give a run its last metrics and its status; where MLflow cannot take them, warn."""
+    from mlflow.entities import Metric, RunTag
+
+    now = int(time.time() * 1000)
+    values = [Metric(key, value, now, step) for key, value in metrics.items()]
+    try:
+        client.log_batch(run_id, metrics=values, tags=[RunTag(k, v) for k, v in tags.items()])
+        client.set_terminated(run_id, status)
+    except Exception as error:  # what is mirrored here lies in our own files: a mirror may fail
+        log.warning("MLflow run not ended run_id=%s error=%s", run_id, one_line(error))
 
 
 def log_files(client: "MlflowClient", run_id: str, paths: Iterable[Path]) -> None:

@@ -3,7 +3,6 @@
 import logging
 import os
 from collections.abc import Callable, Iterator, Sequence
-from contextlib import contextmanager
 from pathlib import Path
 from typing import Any, NamedTuple
 
@@ -12,20 +11,18 @@ import torch
 from torch import Tensor
 
 from pipeline import augment, data, registry, server, tracking
-from pipeline.config import Config, InputError, Resources, digest, dump, flat, read_yaml, validate
+from pipeline.config import Config, InputError, Resources, dump, read_yaml, validate
 from pipeline.decode import DecodeError, decode
 from pipeline.evaluate import Classifier, Evaluation, evaluate
-from pipeline.facts import system_facts
 from pipeline.manifest import Manifest, read_manifest
-from pipeline.metrics import Record
+from pipeline.mirror import Epochs, mirrored
 from pipeline.pictures import ShardsConfig
 from pipeline.plan import load_trained, read_run
-from pipeline.progress import Update, bar
+from pipeline.progress import bar
 from pipeline.ray_session import session
 from pipeline.ray_train import fit
 from pipeline.rundir import Out, RunDir, hold, read_json, write_atomic
 from pipeline.shards import Built, build
-from pipeline.shipper import Shipper
 from pipeline.sweep import Outcome, Sweep, best, ended_trials, trials
 from pipeline.train import evaluate_split, this_place
 from pipeline.tune import search
@@ -48,7 +45,7 @@ def train(out: Out, run: RunDir, resources: Resources, *, tags: dict[str, str] |
     resources.check(config)
     if run.result.exists():
         return False
-    with bar("train", "epochs") as update, _mirror(out, manifest, _Epochs({run: config}, update)) as mirror:
+    with bar("train", "epochs") as update, mirrored(out, manifest, Epochs({run: config}, update)) as mirror:
         mirror.start(run, config, tags=tags or {})
         with session(cpus=_cpus(resources, 1)):
             fit(run, resources)
@@ -72,9 +69,9 @@ def tune(
     with (
         hold(folder.lock, f"sweep {sweep.name}"),
         bar("sweep", "epochs") as update,
-        _mirror(out, manifest, _Epochs(configs, update)) as mirror,
+        mirrored(out, manifest, Epochs(configs, update)) as mirror,
     ):
-        parent = mirror.start_sweep(sweep, names)
+        mirror.start_sweep(sweep, names)
         with session(cpus=_cpus(resources, concurrent)):
             outcomes = search(
                 sweep,
@@ -82,12 +79,10 @@ def tune(
                 planned,
                 resources=resources,
                 concurrent=concurrent,
-                on_start=lambda t: mirror.start(
-                    t.run, t.config, tags={"gsa.sweep": sweep.name}, parent=parent
-                ),
+                on_start=lambda t: mirror.start(t.run, t.config, tags={"gsa.sweep": sweep.name}),
                 on_end=lambda t, o: mirror.end(t.run, "FAILED" if o.state == "failed" else "FINISHED"),
             )
-        mirror.end_sweep(parent, best(sweep, outcomes))
+        mirror.end_sweep(best(sweep, outcomes))
     return outcomes, True
 
 
@@ -227,104 +222,3 @@ def _same_classes(manifest: Manifest, classes: Sequence[str]) -> Manifest:
 def _cpus(resources: Resources, concurrent: int) -> int:
     """Logical CPUs for Ray: enough for every worker, one of head-room for the drivers of trials."""
     return max(os.cpu_count() or 1, resources.span[1] * resources.cpus_per_worker * concurrent) + 1
-
-
-class _Epochs:
-    """Progress in epochs over all runs, from the records of their journals."""
-
-    def __init__(self, configs: dict[RunDir, Config], update: Update) -> None:
-        self.epochs = {run: c.optim.epochs for run, c in configs.items()}
-        self.update, self.total, self.text = update, sum(self.epochs.values()), "starting Ray"
-        self.done = dict.fromkeys(configs, 0.0)
-        self._show()
-
-    def read(self, run: RunDir, records: list[Record]) -> None:
-        """Take in the new records of a run."""
-        last = records[-1]
-        self.done[run] = last.epoch
-        shown = {k: v for k, v in last.metrics.items() if k in ("train/loss", "val/top1")}
-        text = " ".join(f"{key} {value:.4g}" for key, value in shown.items())
-        self.text = f"{run.name} {text}" if len(self.done) > 1 else text
-        self._show()
-
-    def end(self, run: RunDir) -> None:
-        """Nothing more comes of a run, be it stopped early."""
-        self.done[run] = self.epochs[run]
-        self._show()
-
-    def _show(self) -> None:
-        self.update(int(sum(self.done.values())), self.total, self.text)
-
-
-class _Mirror:
-    """The MLflow side of what is running: one run a training run, one parent a sweep."""
-
-    def __init__(self, client: Any, experiment: str, epochs: _Epochs) -> None:
-        self.client, self.experiment, self.epochs = client, experiment, epochs
-        self.shipper = Shipper(client, epochs.read)
-        self.open: set[RunDir] = set()
-
-    def start(self, run: RunDir, config: Config, *, tags: dict[str, str], parent: str | None = None) -> None:
-        facts = read_json(run.facts)
-        shown = {
-            "gsa.shards_digest": facts["shards_digest"],
-            "gsa.params": str(facts["params"]),
-            "gsa.gflops": f"{facts['gflops']:.4g}",
-        }
-        run_id = tracking.start_run(
-            self.client,
-            self.experiment,
-            name=run.name,
-            key=facts["fingerprint"],
-            params=flat(config),
-            tags={**system_facts(), **shown, **tags},
-            parent=parent,
-            description=f"Run folder `{run.path}`",
-        )
-        tracking.log_files(self.client, run_id, [run.config, run.facts])
-        self.shipper.follow(run, run_id)
-        self.open.add(run)
-
-    def end(self, run: RunDir, status: str) -> None:
-        self.epochs.end(run)
-        if run in self.open:  # else it failed before it started
-            self.open.remove(run)
-            self.shipper.finish(run, status)
-
-    def start_sweep(self, sweep: Sweep, names: list[str]) -> str:
-        values = {k: v for k, v in sweep.model_dump(mode="json").items() if k != "parameters"}
-        return tracking.start_run(
-            self.client,
-            self.experiment,
-            name=f"sweep {sweep.name}",
-            key=f"sweep-{sweep.name}-{digest(sorted(names))}",
-            params={**values, **sweep.parameters},
-            tags={**system_facts(), "gsa.trials": str(len(names))},
-            description=f"Sweep `{sweep.name}`: {len(names)} trials, best by {sweep.metric}",
-        )
-
-    def end_sweep(self, parent: str, winner: Outcome) -> None:
-        for key, value in winner.metrics.items():
-            self.client.log_metric(parent, key, value, step=winner.epoch)
-        self.client.set_tag(parent, "gsa.best_run", winner.run)
-        self.client.set_terminated(parent, "FINISHED")
-
-
-@contextmanager
-def _mirror(out: Out, manifest: Manifest, epochs: _Epochs) -> Iterator[_Mirror]:
-    """MLflow for as long as the block runs; what is open at its end was killed, or failed."""
-    client = tracking.open_store(out.tracking_uri, out.artifacts)
-    experiment = tracking.experiment(client, manifest.folder.name, out.artifacts)
-    mirror = _Mirror(client, experiment, epochs)
-    status = "FAILED"
-    try:
-        yield mirror
-    except KeyboardInterrupt:
-        status = "KILLED"
-        raise
-    finally:
-        for run in list(mirror.open):
-            mirror.end(run, status)
-        missing = mirror.shipper.close()
-        if missing:
-            log.warning("MLflow lacks %d points of these runs; their journals hold them all", missing)

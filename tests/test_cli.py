@@ -162,6 +162,9 @@ def test_the_demo_is_interrupted_continued_and_reused(tmp_path: Path, gsa) -> No
     _, alive = psutil.wait_procs(family, timeout=20)
     assert not [p for p in alive if p.is_running() and p.status() != psutil.STATUS_ZOMBIE]
     ended = json.loads(outcomes.read_text())
+    statuses = {name: run.info.status for name, run in tracked(out).items()}
+    assert statuses["sweep digits"] == "KILLED"
+    assert set(statuses.values()) <= {"KILLED", "FINISHED"}
 
     second = start(DEMO, out.root)
     printed, err = second.communicate(timeout=280)
@@ -189,13 +192,20 @@ def test_the_demo_is_interrupted_continued_and_reused(tmp_path: Path, gsa) -> No
     assert json.loads(model[1])["samples"] == 359
 
 
-def check_tracking(out: Out, *, trials: int) -> None:
-    """One parent, a nested run for each trial, the final run; all with curves, settings and a true status."""
+def tracked(out: Out) -> dict:
+    """The MLflow runs of the digits by name."""
     from pipeline.tracking import open_store
 
     client = open_store(out.tracking_uri, out.artifacts)
     experiment = client.get_experiment_by_name("digits")
-    runs = {r.info.run_name: r for r in client.search_runs([experiment.experiment_id])}
+    return {r.info.run_name: r for r in client.search_runs([experiment.experiment_id])}
+
+
+def check_tracking(out: Out, *, trials: int) -> None:
+    """One parent, a nested run for each trial, the final run; all with curves, settings and a true status."""
+    from pipeline.tracking import open_store
+
+    client, runs = open_store(out.tracking_uri, out.artifacts), tracked(out)
     assert len(runs) == trials + 2
     parent = runs["sweep digits"]
     children = [r for r in runs.values() if r.data.tags.get("mlflow.parentRunId") == parent.info.run_id]

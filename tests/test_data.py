@@ -1,6 +1,7 @@
 """Reading: any picture format as RGB or refused, crops that stay inside, the same batches for every loader."""
 
 import dataclasses
+import gc
 import io
 import math
 import random
@@ -8,6 +9,7 @@ import shutil
 import struct
 import subprocess
 import sys
+import time
 import zlib
 from pathlib import Path
 from typing import Any
@@ -436,9 +438,15 @@ def damaged(mini: Path, tmp_path: Path) -> Samples:
 @loads
 @pytest.mark.parametrize("workers", [0, 2])
 def test_damage_ends_in_an_error_with_shard_and_key(workers: int, damaged: Samples, mini_config: Any) -> None:
-    where = rf"val-000000\.tar, sample {damaged.key[5]}: crc32 differs"
-    with pytest.raises(ShardError, match=where):
+    """The same single line, whoever reads, and at once: no loader is waited for."""
+    where = rf"^{damaged.shard_paths[0]}, sample {damaged.key[5]}: crc32 differs; next: .*$"
+    start = time.monotonic()
+    with pytest.raises(ShardError, match=where) as caught:
         list(eval_loader(damaged, mini_config(), rank=0, world=1, workers=workers))
+    assert "\n" not in str(caught.value)
+    del caught
+    gc.collect()
+    assert time.monotonic() - start < 9
 
 
 def test_a_picture_that_this_decoder_refuses_is_named_too(damaged: Samples, mini_config: Any) -> None:

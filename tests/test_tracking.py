@@ -426,7 +426,9 @@ def test_a_shipper_killed_between_store_and_watermark_sends_no_step_twice(
     write(run, 1, 2)
     assert ship(client, run, run_id) == 0
     with monkeypatch.context() as patch:  # the points reach the store, the watermark does not reach the file
-        patch.setattr("pipeline.shipper.write_json", lambda *_: (_ for _ in ()).throw(OSError("no space left")))
+        patch.setattr(
+            "pipeline.shipper.write_json", lambda *_: (_ for _ in ()).throw(OSError("no space left"))
+        )
         write(run, 3, 4)
         shipper = Shipper(client, **FAST)
         shipper.follow(run, run_id)

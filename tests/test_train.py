@@ -55,7 +55,7 @@ def work(job: dict[str, Any]) -> None:
     if job.get("double"):
         compute_in_float64()
     if job.get("hang_at"):
-        hang_at_step(job["hang_at"])
+        hang_at_step(job["hang_at"], Path(f"{job['meeting']}-{rank}"))
     if job.get("die_at"):
         die_at_call(job["die_at"])
     if job.get("mutant"):
@@ -78,12 +78,13 @@ def compute_in_float64() -> None:
     data.to_device = step.to_device = lambda *args: move(*args).double()  # type: ignore[attr-defined,assignment]
 
 
-def hang_at_step(number: int) -> None:
-    """Wait for the kill after that step: however slow the machine is, it comes in time."""
+def hang_at_step(number: int, sign: Path) -> None:
+    """Wait for the kill after that step, and say so: however slow the machine is, it comes in time."""
     real = train.train_step
 
     def hang(state: Any, *args: Any, **options: Any) -> Any:
         if state.step == number:
+            sign.touch()
             time.sleep(600)
         return real(state, *args, **options)
 
@@ -169,8 +170,8 @@ class Ranks:
 
     def __init__(self, forks: Any, run: RunDir, world: int = 1, **job: Any) -> None:
         self.run, self.log = run, run.logs / "test.txt"
-        meeting = str(run.logs / f"meeting-{os.urandom(4).hex()}")
-        common = {"run": str(run.path), "world": world, "meeting": meeting, "log": str(self.log), **job}
+        self.meeting = str(run.logs / f"meeting-{os.urandom(4).hex()}")
+        common = {"run": str(run.path), "world": world, "meeting": self.meeting, "log": str(self.log), **job}
         self.processes: list[BaseProcess] = [
             forks.Process(target=runpy.run_path, args=(__file__, {"JOB": {**common, "rank": rank}}, "worker"))
             for rank in range(world)
@@ -191,15 +192,15 @@ class Ranks:
         assert not any(codes), f"exit codes {codes}; {self.log.read_text()[-2000:]}"
         return self.run
 
-    def kill_after_step(self, number: int) -> None:
-        """SIGKILL for all as soon as the journal knows of that step."""
-        end = time.monotonic() + 120
-        while len(metrics.read(self.run.metrics)) < number and time.monotonic() < end:
-            if not all(p.is_alive() for p in self.processes):
+    def kill_when_they_hang(self) -> None:
+        """SIGKILL for all as soon as each is where `hang_at` makes it wait."""
+        end, hung = time.monotonic() + 120, [Path(f"{self.meeting}-{i}") for i in range(len(self.processes))]
+        while not all(p.exists() for p in hung) and time.monotonic() < end:
+            if not any(p.is_alive() for p in self.processes):
                 break
             time.sleep(0.002)
         self.kill()
-        assert len(metrics.read(self.run.metrics)) == number, self.log.read_text()[-2000:]
+        assert all(p.exists() for p in hung), self.log.read_text()[-2000:]
 
     def kill(self) -> None:
         for process in self.processes:
@@ -276,13 +277,14 @@ def test_a_run_killed_at_random_moments_ends_as_if_undisturbed(
     forks: Any, alone: RunDir, out: Out, mini_config: Any
 ) -> None:
     run, rng = prepare(out, mini_config(epochs=EPOCHS)), random.Random(0)
-    for step_before in (2, 4, 8):  # in the first, the second and the third epoch
-        attempt = Ranks(forks, run, hang_at=8)
+    for _ in range(3):
+        attempt = Ranks(forks, run, hang_at=EPOCHS * STEPS - 1)
         time.sleep(rng.random())
-        attempt.kill()
-        Ranks(forks, run, hang_at=step_before).kill_after_step(step_before)
+        attempt.kill()  # anywhere
         saved = checkpoint.newest(run.checkpoints)
-        assert metrics.read(run.metrics)[-1].step > (saved["step"] if saved else 0)
+        inside = (saved["step"] if saved else 0) + rng.randint(1, STEPS - 1)
+        Ranks(forks, run, hang_at=inside).kill_when_they_hang()  # within an epoch
+        assert metrics.read(run.metrics)[-1].step == inside
     Ranks(forks, run).finish()
     assert same_weights(run, alone)
     assert series(run) == series(alone)
@@ -327,7 +329,7 @@ def test_a_resume_that_forgets_something_would_be_seen(
 def killed(forks: Any, mini: Path, mini_config: Any, tmp_path_factory: pytest.TempPathFactory) -> RunDir:
     """A run killed in its third epoch."""
     run = prepare(output(mini, tmp_path_factory.mktemp("killed")), mini_config(epochs=EPOCHS))
-    Ranks(forks, run, hang_at=2 * STEPS + 1).kill_after_step(2 * STEPS + 1)
+    Ranks(forks, run, hang_at=2 * STEPS + 1).kill_when_they_hang()
     return run
 
 
@@ -387,7 +389,7 @@ def test_two_killed_ranks_go_on_as_two_or_as_one(
     forks: Any, worlds: dict[int, RunDir], out: Out, mini_config: Any, tmp_path: Path
 ) -> None:
     run = prepare(out, mini_config())
-    Ranks(forks, run, 2, double=True, hang_at=STEPS + 1).kill_after_step(STEPS + 1)
+    Ranks(forks, run, 2, double=True, hang_at=STEPS + 1).kill_when_they_hang()
     other = RunDir(shutil.copytree(run.path, tmp_path / "copy"))
     Ranks(forks, run, 2, double=True).finish()
     assert same_weights(run, worlds[2])

@@ -11,7 +11,7 @@ RATIOS = (3 / 4, 4 / 3)  # width / height of a training crop, as in Inception an
 
 def sample_rng(seed: int, epoch: int, sample: int) -> np.random.Generator:
     """The generator of a sample in an epoch: the same picture whatever rank or worker draws it."""
-    return np.random.default_rng((seed, epoch, sample))
+    return np.random.default_rng((seed, epoch, 1, sample))  # 1: not the generator of the epoch's order
 
 
 def train_crop(

@@ -31,10 +31,11 @@ def fit(run: RunDir, resources: Resources, callbacks: Sequence[Any] = ()) -> dic
     low, high = resources.span
     gpus = resources.gpus_per_worker
     per_worker = {"CPU": resources.cpus_per_worker, **({"GPU": gpus} if gpus else {})}
+    check_room(resources)
     storage = run.path / "ray"
     with hold(run.lock, f"run {run.name}"):
         trainer = TorchTrainer(
-            _work,
+            _work,  # type: ignore[arg-type]
             train_loop_config={"run": str(run.path), "loader_workers": resources.cpus_per_worker - 1},
             scaling_config=ScalingConfig(
                 num_workers=low if low == high else (low, high),  # type: ignore[arg-type]
@@ -52,12 +53,28 @@ def fit(run: RunDir, resources: Resources, callbacks: Sequence[Any] = ()) -> dic
         )
         try:
             with _interruptible():
-                trainer.fit()
+                fault = trainer.fit().return_value  # type: ignore[attr-defined]
         except TrainingFailedError as error:
             raise _mendable(error) or error from None
         finally:
             shutil.rmtree(storage, ignore_errors=True)
+    if fault:
+        raise InputError(f"run {run.name}: {fault}")
     return dict(read_json(run.result)["metrics"])
+
+
+def check_room(resources: Resources) -> None:
+    """Refuse what the Ray cluster does not have: it would be waited for. InputError."""
+    import ray
+
+    have = ray.cluster_resources()  # type: ignore[no-untyped-call]
+    workers, _ = resources.span
+    for kind, each in (("GPU", resources.gpus_per_worker), ("CPU", float(resources.cpus_per_worker))):
+        if workers * each > have.get(kind, 0):
+            raise InputError(
+                f"{workers} workers with {each:g} {kind}s each: the Ray cluster has {have.get(kind, 0):g}; "
+                f"next: fewer workers, or fewer {kind}s a worker"
+            )
 
 
 @contextlib.contextmanager
@@ -75,8 +92,8 @@ def _interruptible() -> Iterator[None]:
         signal.signal(signal.SIGINT, ours)
 
 
-def _work(settings: dict[str, Any]) -> None:
-    """What each worker runs."""
+def _work(settings: dict[str, Any]) -> str | None:
+    """What each worker runs; returns the fault that every rank has met, since no restart would mend it."""
     import ray.train
 
     from pipeline.train import train
@@ -87,17 +104,21 @@ def _work(settings: dict[str, Any]) -> None:
     handler.setFormatter(logging.Formatter("%(asctime)s %(levelname)s %(message)s"))
     logging.getLogger("gsa").addHandler(handler)
     logging.getLogger("gsa").setLevel(logging.INFO)
-    train(
-        run,
-        report=lambda metrics: ray.train.report(dict(metrics)),
-        loader_workers=settings["loader_workers"],
-    )
+    try:
+        train(
+            run,
+            report=lambda metrics: ray.train.report(dict(metrics)),
+            loader_workers=settings["loader_workers"],
+        )
+    except FloatingPointError as error:
+        return str(error)
+    return None
 
 
 def _mendable(error: Any) -> InputError | None:
     """The worker's fault that the user can mend, if that is what ended the training."""
     for failure in getattr(error, "worker_failures", {}).values():
         cause = getattr(failure, "cause", failure)
-        if isinstance(cause, InputError | FloatingPointError):
+        if isinstance(cause, InputError):
             return InputError(str(cause).splitlines()[-1] if str(cause) else repr(cause))
     return None

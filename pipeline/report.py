@@ -7,6 +7,7 @@ from typing import Any
 
 from rich.box import SIMPLE
 from rich.console import Console
+from rich.markup import escape
 from rich.table import Table
 
 from pipeline.config import Config, read_yaml, validate
@@ -23,7 +24,7 @@ def table(rows: Sequence[dict[str, Any]]) -> str:
         numeric = all(isinstance(row[key], int | float) for row in rows)
         grid.add_column(key, justify="right" if numeric else "left", overflow="fold")
     for row in rows:
-        grid.add_row(*(_cell(value) for value in row.values()))
+        grid.add_row(*(escape(_cell(value)) for value in row.values()))
     text = io.StringIO()
     Console(file=text, width=160).print(grid)
     return text.getvalue().strip("\n")

@@ -47,6 +47,11 @@ class RunDir:
         return self.path / "logs"
 
     @property
+    def error(self) -> Path:
+        """Why the run failed, the last time that it did."""
+        return self.logs / "error.log"
+
+    @property
     def tracking(self) -> Path:
         """The MLflow run id, and how far the journal has been shipped."""
         return self.path / "mlflow.json"

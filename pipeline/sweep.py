@@ -2,6 +2,7 @@
 
 import itertools
 import json
+import math
 from collections.abc import Sequence
 from typing import Annotated, Any, Literal, NamedTuple
 
@@ -83,7 +84,9 @@ def ended_trials(folder: SweepDir) -> dict[str, Outcome]:
 def best(sweep: Sweep, ended: Sequence[Outcome]) -> Outcome:
     """The outcome with the best final metric; the first of equals. ConfigError if none has it."""
     sign = 1 if sweep.mode == "max" else -1
-    able = [o for o in ended if o.state != "failed" and sweep.metric in o.metrics]
+    able = [o for o in ended if o.state != "failed" and math.isfinite(o.metrics.get(sweep.metric, math.nan))]
     if not able:
-        raise ConfigError(f"sweep {sweep.name}: no trial has the metric {sweep.metric}")
+        raise ConfigError(
+            f"sweep {sweep.name}: no trial has a finite {sweep.metric}; see the error.log of its runs"
+        )
     return max(able, key=lambda o: sign * o.metrics[sweep.metric])

@@ -19,7 +19,7 @@ from pipeline.evaluate import Evaluation, evaluate
 from pipeline.manifest import Manifest, Samples
 from pipeline.optim import lr_at, optimizer, peak_lr
 from pipeline.plan import build_model, read_run
-from pipeline.rundir import RunDir, write_json
+from pipeline.rundir import RunDir, sync, write_json
 from pipeline.step import TrainState, train_step, world_sums
 
 log = logging.getLogger("gsa")
@@ -167,6 +167,7 @@ class _Loop:
         )
 
     def _save(self) -> None:
+        sync(self.run.metrics)  # a checkpoint on disk never knows more than the journal there
         checkpoint.save(
             self.run.checkpoints,
             self.state.step,

@@ -1,5 +1,6 @@
 """Trials under Ray Tune: each trial a Ray Train run; what has ended is not run again."""
 
+import logging
 import shutil
 from collections.abc import Callable, Sequence
 from pathlib import Path
@@ -7,9 +8,11 @@ from typing import Any
 
 from pipeline import metrics
 from pipeline.config import Resources
-from pipeline.ray_train import fit
-from pipeline.rundir import RunDir, SweepDir, write_json
+from pipeline.ray_train import check_room, fit
+from pipeline.rundir import RunDir, SweepDir, write_atomic, write_json
 from pipeline.sweep import Outcome, Sweep, Trial, ended_trials
+
+log = logging.getLogger("gsa")
 
 OnStart = Callable[[Trial], None]
 OnEnd = Callable[[Trial, Outcome], None]
@@ -32,6 +35,7 @@ def search(
     """
     from ray import tune
 
+    check_room(resources)
     ended = ended_trials(folder)
     storage = folder.path / "ray"
     shutil.rmtree(storage, ignore_errors=True)  # of a killed driver: our own outcomes are the record
@@ -56,6 +60,9 @@ def search(
         tuner.fit()
     finally:
         shutil.rmtree(storage, ignore_errors=True)
+    for trial in trials:
+        if trial.run.name in recorder.ended and recorder.ended[trial.run.name].state == "failed":
+            log.error("trial failed run=%s reason=%s", trial.run.name, trial.run.error)
     lost = [t.run.name for t in trials if t.run.name not in recorder.ended]
     if lost:
         raise RuntimeError(f"sweep {sweep.name}: Tune returned without an outcome of {', '.join(lost)}")
@@ -88,7 +95,12 @@ def _trial(settings: dict[str, Any]) -> None:
         if last is None or record.epoch <= last:
             tune.report({"epoch": round(record.epoch), **record.metrics})
     if last is None:
-        fit(run, Resources(**settings["resources"]), callbacks=[TuneReportCallback()])  # type: ignore[no-untyped-call]
+        report = TuneReportCallback()  # type: ignore[no-untyped-call]
+        try:
+            fit(run, Resources(**settings["resources"]), callbacks=[report])
+        except Exception as error:
+            write_atomic(run.error, f"{type(error).__name__}: {error}\n")
+            raise
 
 
 def epoch_records(run: RunDir) -> list[metrics.Record]:

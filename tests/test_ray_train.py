@@ -159,10 +159,20 @@ def series(run) -> list[tuple[int, dict[str, float]]]:
     ]
 
 
+def test_what_the_cluster_does_not_have_is_refused(ray: None, out: Out, mini_config) -> None:
+    run = prepare(out, mini_config(seed=13))
+    for resources, said in (
+        (Resources(workers="2", gpus_per_worker=1), "2 workers with 1 GPUs each: the Ray cluster has 0"),
+        (Resources(workers="2", cpus_per_worker=64), "2 workers with 64 CPUs each: the Ray cluster has 5"),
+    ):
+        with pytest.raises(InputError, match=said):
+            fit(run, resources)
+
+
 def test_a_sweep_stops_bad_trials_and_is_not_run_again(
     ray: None, out: Out, mini_config, tmp_path: Path
 ) -> None:
-    sweep = mini_sweep(tmp_path, mini_config, lr=[0.1, 1e-9], epochs=4)
+    sweep = mini_sweep(tmp_path, mini_config, lr=[0.1, 1e-9, 1e12], epochs=4)
     planned, folder, seen = trials(out, sweep), out.sweep("mini"), []
     ended = search(
         sweep,
@@ -173,10 +183,11 @@ def test_a_sweep_stops_bad_trials_and_is_not_run_again(
         on_start=lambda t: None,
         on_end=lambda t, o: seen.append(o.state),
     )
-    assert [o.state for o in ended] == ["finished", "stopped"]
-    assert seen == ["finished", "stopped"]
+    assert [o.state for o in ended] == ["finished", "stopped", "failed"]
+    assert seen == ["finished", "stopped", "failed"]
     assert ended[1].epoch < 4
-    assert list(ended_trials(folder)) == [t.run.name for t in planned]
+    assert "next: a lower optim.lr" in planned[2].run.error.read_text()
+    assert list(ended_trials(folder)) == [t.run.name for t in planned[:2]]  # the failed one is tried again
     assert not (folder.path / "ray").exists()
 
 

@@ -26,6 +26,7 @@ def pytest_configure(config: pytest.Config) -> None:
     config.stash[HOME] = tempfile.mkdtemp(prefix="gsa-tests-home-")
     os.environ["HOME"] = config.stash[HOME]
     os.environ["HYPOTHESIS_STORAGE_DIRECTORY"] = os.path.join(config.stash[HOME], "hypothesis")
+    os.environ["OMP_NUM_THREADS"] = "1"  # little tensors: more threads only wait for one another
     for name in ELSEWHERE:
         os.environ.pop(name, None)
 

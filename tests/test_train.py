@@ -37,7 +37,7 @@ from pipeline.shards import build
 
 EPOCHS, STEPS = 3, 3  # of the runs in processes of their own; 54 samples make 3 steps of 16
 CALLS = ("fsync", "replace", "rename")  # of os: the moments at which something becomes visible, or lasting
-FILE, CHECKPOINT = 3, 8  # how many of them make a file, and a checkpoint of two files
+FILE, CHECKPOINT = 3, 9  # how many of them make a file; flush the journal and make a checkpoint of two files
 
 
 # --- runs in processes of their own, to be killed ----------------------------------------------------------
@@ -297,7 +297,7 @@ def test_a_run_killed_at_every_kind_of_write_ends_as_if_undisturbed(
     """A run that goes on cuts its journal, writes a checkpoint an epoch, then the result."""
     run, left = prepare(out, mini_config(epochs=EPOCHS)), []
     first, second = FILE, FILE + CHECKPOINT  # calls before the first and the second checkpoint of such a run
-    for call in (4, first + 5, first + 8, second + 7, 1, second + 2):
+    for call in (4, first + 5, first + 9, second + 8, 1, second + 2):
         assert Ranks(forks, run, die_at=call).wait() == [-signal.SIGKILL]
         saved = checkpoint.newest(run.checkpoints)
         left.append(saved["step"] // STEPS if saved else 0)

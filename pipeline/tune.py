@@ -36,7 +36,8 @@ def search(
     from ray import tune
 
     check_room(resources)
-    ended = ended_trials(folder)
+    names = {t.run.name for t in trials}  # outcomes on other shards or of another sweep file are forgotten
+    ended = {name: o for name, o in ended_trials(folder).items() if name in names}
     storage = folder.path / "ray"
     shutil.rmtree(storage, ignore_errors=True)  # of a killed driver: our own outcomes are the record
     space = {

@@ -21,8 +21,8 @@ from pipeline.config import InputError, Resources
 from pipeline.plan import prepare
 from pipeline.ray_session import session
 from pipeline.ray_train import fit
-from pipeline.rundir import Out, hold, read_json
-from pipeline.sweep import Asha, Sweep, ended_trials, trials
+from pipeline.rundir import Out, hold, read_json, write_json
+from pipeline.sweep import Asha, Outcome, Sweep, ended_trials, trials
 from pipeline.tune import epoch_records, search
 
 TWO = Resources(workers="2")
@@ -174,6 +174,8 @@ def test_a_sweep_stops_bad_trials_and_is_not_run_again(
 ) -> None:
     sweep = mini_sweep(tmp_path, mini_config, lr=[0.1, 1e-9, 1e12], epochs=4)
     planned, folder, seen = trials(out, sweep), out.sweep("mini"), []
+    foreign = Outcome("of-other-shards", (), "finished", 4, {"train/lr": 9.0}, 1.0)
+    write_json(folder.outcomes, [foreign._asdict()])  # the best there is, but not of this sweep
     ended = search(
         sweep,
         folder,

@@ -12,7 +12,7 @@ from pipeline.config import Config, ConfigError, Name, Positive, Section, load
 from pipeline.plan import prepare
 from pipeline.rundir import Out, RunDir, SweepDir, read_json
 
-STATES = ("finished", "stopped", "failed")
+State = Literal["finished", "stopped", "failed"]
 
 
 class Asha(Section):
@@ -43,11 +43,11 @@ class Trial(NamedTuple):
 
 
 class Outcome(NamedTuple):
-    """How a trial ended: state (one of STATES), completed epochs, the metrics of the last, seconds trained."""
+    """How a trial ended: state, completed epochs, the metrics of the last, seconds trained."""
 
     run: str
     overrides: tuple[str, ...]
-    state: str
+    state: State
     epoch: int
     metrics: dict[str, float]
     seconds: float

@@ -10,7 +10,7 @@ from pipeline import metrics
 from pipeline.config import Resources
 from pipeline.ray_train import check_room, fit
 from pipeline.rundir import RunDir, SweepDir, write_atomic, write_json
-from pipeline.sweep import Outcome, Sweep, Trial, ended_trials
+from pipeline.sweep import Outcome, State, Sweep, Trial, ended_trials
 
 log = logging.getLogger("gsa")
 
@@ -146,7 +146,7 @@ def _recorder(
 
 def _outcome(trial: Trial, last: dict[str, Any], *, failed: bool) -> Outcome:
     epoch = int(last.get("epoch", 0))
-    state = "failed" if failed else "finished" if trial.run.result.exists() else "stopped"
+    state: State = "failed" if failed else "finished" if trial.run.result.exists() else "stopped"
     values = {k: float(v) for k, v in last.items() if k.startswith(("train/", "val/"))}
     seconds = sum(r.metrics["time/epoch_s"] for r in epoch_records(trial.run) if r.epoch <= epoch)
     return Outcome(trial.run.name, trial.overrides, state, epoch, values, seconds)

@@ -16,49 +16,11 @@ from difflib import get_close_matches
 
 import torch
 from torch import Tensor, einsum, nn
-from torch.nn import functional as F
+
+from gsa_models import fused
+from gsa_models.branches import axial_attention, content_attention, softmax_in_float32
 
 COMPONENTS = ("content", "column", "row")
-
-
-def content_attention(q: Tensor, k: Tensor, v: Tensor) -> Tensor:
-    """Let every pixel read a summary of all pixels: `Q (softmax over pixels(K)^T V)`, at cost O(P).
-
-    q, k, v and the result: (B, N, D, H, W). q is taken as it comes, neither normalised nor scaled.
-    Source: Figure 1, upper branch.
-    """
-    weights = softmax_in_float32(k.flatten(3), dim=-1).to(v.dtype)  # (B, N, D, P)
-    context = einsum("bndp,bnep->bnde", weights, v.flatten(3))
-    return einsum("bndhw,bnde->bnehw", q, context)
-
-
-def axial_attention(q: Tensor, v: Tensor, table: Tensor) -> Tensor:
-    """Sum the values of a pixel's row, each times `<query, embedding of its offset>`: no softmax, no scale.
-
-    q, v and the result: (B, N, D, R, X); for the column pass hand over, and take back, `.mT`.
-    table: (offsets, D), an odd number of them with offset 0 in the middle; pixels beyond it count nothing.
-    Source: Appendix B, equations 5 to 8, in the absolute form: X logits a pixel, never 2X-1.
-    """
-    relative = relative_embeddings(table, q.shape[-1])  # (X, D, I)
-    logits = einsum("bndrx,xdi->bnrxi", q, relative)
-    return einsum("bnrxi,bneri->bnerx", logits, v)
-
-
-def relative_embeddings(table: Tensor, pixels: int) -> Tensor:
-    """Lay a table of offsets out as (X, D, I): for query x and key i the embedding of i - x.
-
-    table: (offsets, D), offset 0 in the middle; fewer than 2X-1 rows are a window, with zeros outside of it;
-    rows for offsets that the map does not have are left out.
-    """
-    missing = pixels - 1 - table.shape[0] // 2
-    offsets = F.pad(table, (0, 0, missing, missing))  # (2X-1, D); pad cuts where `missing` is negative
-    # Window number a holds the offsets from a - (X-1) on, which are those of query x = X-1 - a.
-    return offsets.unfold(0, pixels, 1).flip(0)
-
-
-def softmax_in_float32(logits: Tensor, *, dim: int) -> Tensor:
-    """Softmax in float32 at least: over 3136 pixels the weights and their sum outrun bfloat16's 3 digits."""
-    return logits.softmax(dim, dtype=torch.promote_types(logits.dtype, torch.float32))
 
 
 class GlobalSelfAttention(nn.Module):
@@ -95,9 +57,8 @@ class GlobalSelfAttention(nn.Module):
         self.dim, self.map_size, self.heads = dim, map_size, heads
         self.window, self.query_softmax = window, query_softmax
 
-        self.query = _projection(dim)
-        self.key = _projection(dim) if "content" in self.components else None
-        self.value = _projection(dim)
+        parts = 3 if "content" in self.components else 2
+        self.qkv = nn.Conv2d(dim, parts * dim, 1, bias=False)  # query, key, value; without content no key
         self.column_table = self._table("column", map_size[0])
         self.row_table = self._table("row", map_size[1])
         both_axes = {"column", "row"} <= set(self.components)
@@ -116,11 +77,9 @@ class GlobalSelfAttention(nn.Module):
         # what content attention averages to, while n axial logits of random sign add up as sqrt(n): hence
         # 0.4 / sqrt(n) for the tables; the N(0, 1) of gsa-pytorch drowns the content branch at the start.
         # That it also trains better is not shown yet. The query takes the 1/sqrt(D) that the forward pass lacks.
-        head_dim = self.dim // self.heads
-        nn.init.normal_(self.query.weight, std=(self.dim * head_dim) ** -0.5)
-        nn.init.normal_(self.value.weight, std=self.dim**-0.5)
-        if self.key is not None:
-            nn.init.normal_(self.key.weight, std=self.dim**-0.5)
+        nn.init.normal_(self.qkv.weight, std=self.dim**-0.5)
+        with torch.no_grad():
+            self.qkv.weight[: self.dim].mul_((self.dim // self.heads) ** -0.5)
         for table, pixels in zip((self.column_table, self.row_table), self.map_size, strict=True):
             if table is not None:
                 nn.init.normal_(table, std=0.4 * min(len(table), pixels) ** -0.5)
@@ -129,11 +88,35 @@ class GlobalSelfAttention(nn.Module):
 
     def forward(self, x: Tensor) -> Tensor:
         self._check_input(x)
-        q = self._heads(self.query(x))
-        v = self._heads(self.value(x))
+        projected = self.qkv(x)  # (B, 3 * dim, H, W)
+        # The operator knows the plain batch norm alone: a SyncBatchNorm, say, has statistics of its own.
+        plain_norm = self.mid_norm is None or type(self.mid_norm) is nn.BatchNorm2d
+        has_table = self.column_table is not None or self.row_table is not None
+        q, *key, v = torch.unflatten(projected, 1, (-1, self.heads, self.dim // self.heads)).unbind(1)
+        if plain_norm and has_table and not self.query_softmax and fused.supports(q):
+            return self._fused(projected)
+        return self._composed(q, key[0] if key else None, v)
+
+    def _fused(self, projected: Tensor) -> Tensor:
+        norm = self.mid_norm
+        column, row = (
+            None if t is None else t.to(projected.dtype) for t in (self.column_table, self.row_table)
+        )
+        if norm is None:
+            out: Tensor = fused.attend(projected, column, row, None, None, None, None, self.heads, 0.0)[0]
+            return out
+        statistics = (None, None) if norm.training else (norm.running_mean, norm.running_var)
+        out, _, mean, variance = fused.attend(
+            projected, column, row, norm.weight, norm.bias, *statistics, self.heads, norm.eps
+        )
+        if norm.training:
+            _track(norm, mean, variance, count=out.numel() // self.dim)
+        return out
+
+    def _composed(self, q: Tensor, k: Tensor | None, v: Tensor) -> Tensor:
+        """The same of plain parts: where a graph is exported, for other norms and for a query softmax."""
         branches = []
-        if self.key is not None:
-            k = self._heads(self.key(x))
+        if k is not None:
             content_q = softmax_in_float32(q, dim=2).to(q.dtype) if self.query_softmax else q
             branches.append(content_attention(content_q, k, v))
         if self.column_table is not None or self.row_table is not None:
@@ -142,16 +125,14 @@ class GlobalSelfAttention(nn.Module):
 
     def _positional(self, q: Tensor, v: Tensor) -> Tensor:
         """Column attention, batch norm, row attention, all with the same query; (B, N, D, H, W)."""
+        axial = fused.axial_attention if fused.supports(q) else axial_attention
         if self.column_table is not None:
-            v = axial_attention(q.mT, v.mT, self.column_table).mT
+            v = axial(q.mT, v.mT, self.column_table.to(q.dtype)).mT
         if self.mid_norm is not None:
-            v = self._heads(self.mid_norm(v.flatten(1, 2)))
+            v = torch.unflatten(self.mid_norm(v.flatten(1, 2)), 1, (self.heads, -1))
         if self.row_table is not None:
-            v = axial_attention(q, v, self.row_table)
+            v = axial(q, v, self.row_table.to(q.dtype))
         return v
-
-    def _heads(self, x: Tensor) -> Tensor:
-        return torch.unflatten(x, 1, (self.heads, -1))  # (B, N, D, H, W)
 
     def _check_input(self, x: Tensor) -> None:
         if x.shape[1:] != (self.dim, *self.map_size):
@@ -165,8 +146,17 @@ class GlobalSelfAttention(nn.Module):
         return f"{self.dim}, map_size={self.map_size}, heads={self.heads}, {names}, window={self.window}"
 
 
-def _projection(dim: int) -> nn.Conv2d:
-    return nn.Conv2d(dim, dim, 1, bias=False)
+def _track(norm: nn.BatchNorm2d, mean: Tensor, variance: Tensor, *, count: int) -> None:
+    """Take a batch's statistics into the running ones, as `nn.BatchNorm2d` does."""
+    if count < 2:
+        raise ValueError(f"batch norm needs more than one pixel a channel to train on, got {count}")
+    assert norm.running_mean is not None and norm.running_var is not None, "the norm keeps statistics"
+    assert norm.num_batches_tracked is not None and norm.momentum is not None, "the norm keeps statistics"
+    with torch.no_grad():
+        norm.num_batches_tracked.add_(1)
+        norm.running_mean.lerp_(mean.to(norm.running_mean.dtype), norm.momentum)
+        unbiased = variance * (count / (count - 1))
+        norm.running_var.lerp_(unbiased.to(norm.running_var.dtype), norm.momentum)
 
 
 def ordered_components(names: Sequence[str]) -> tuple[str, ...]:
@@ -213,11 +203,10 @@ def gsa_reference(module: GlobalSelfAttention, x: Tensor) -> Tensor:
     It reads the module's parameters and settings, shares no code with it and leaves its statistics alone.
     Source: Figure 1 and Appendix B.
     """
-    q, v = _reference_projection(module.query, x), _reference_projection(module.value, x)
-    k = _reference_projection(module.key, x) if module.key is not None else None
+    q, *key, v = torch.split(einsum("oc,bchw->bohw", module.qkv.weight[:, :, 0, 0], x), module.dim, dim=1)
     out = torch.zeros_like(x)
-    if k is not None:
-        out = out + _reference_content(q, k, v, module)
+    if key:
+        out = out + _reference_content(q, key[0], v, module)
     if "column" not in module.components and "row" not in module.components:
         return out
     y = v
@@ -228,10 +217,6 @@ def gsa_reference(module: GlobalSelfAttention, x: Tensor) -> Tensor:
     if module.row_table is not None:
         y = _reference_row(q, y, module.row_table, module)
     return out + y
-
-
-def _reference_projection(conv: nn.Conv2d, x: Tensor) -> Tensor:
-    return einsum("oc,bchw->bohw", conv.weight[:, :, 0, 0], x)
 
 
 def _reference_content(q: Tensor, k: Tensor, v: Tensor, module: GlobalSelfAttention) -> Tensor:

@@ -6,6 +6,7 @@ from dataclasses import dataclass
 from difflib import get_close_matches
 
 from gsa_models.attention import COMPONENTS, ordered_components
+from gsa_models.layout import shortest_placement
 from gsa_models.resnet import CONVOLUTION, GSA, ResNet
 
 
@@ -49,6 +50,7 @@ def create_model(
     window: int | None = None,
     heads: int = 8,
     query_softmax: bool = False,
+    drop_path: float = 0.0,
 ) -> ResNet:
     """Build a network with fresh weights, on torch's current default device.
 
@@ -76,6 +78,7 @@ def create_model(
         components=parse_components(components).split("+"),
         window=window,
         query_softmax=query_softmax,
+        drop_path=drop_path,
     )
 
 
@@ -108,10 +111,7 @@ def parse_placement(text: str, blocks: Sequence[int]) -> str:
 
     Raises ValueError with the position of what does not fit.
     """
-    letters = _letters(text, blocks)
-    if all(len(set(group)) == 1 for group in letters):
-        return "".join(group[0] for group in letters)
-    return "/".join(letters)
+    return shortest_placement(_letters(text, blocks))
 
 
 def _letters(text: str, blocks: Sequence[int]) -> tuple[str, ...]:

@@ -5,6 +5,7 @@ import json
 import os
 import signal
 import sys
+import warnings
 from collections.abc import Sequence
 from pathlib import Path
 from typing import Annotated, Any
@@ -40,26 +41,46 @@ DEFAULT_OUT = Path("out")
 
 @app.command()
 def models(
-    image_size: Annotated[int, typer.Option(help="Pixels a side.")] = 224,
-    classes: Annotated[int, typer.Option(help="Classes.")] = 1000,
+    name: Annotated[str | None, typer.Argument(help="One network; default: all.")] = None,
+    image_size: Annotated[int, typer.Option(min=1, max=10_000, help="Pixels a side.")] = 224,
+    classes: Annotated[int, typer.Option(min=1, max=10_000_000, help="Classes.")] = 1000,
     stem: Annotated[str, typer.Option(help="imagenet or small.")] = "imagenet",
+    placement: Annotated[str | None, typer.Option(help="Where GSA goes: cggg, all, last:2 ...")] = None,
+    components: Annotated[str, typer.Option(help="Branches of GSA.")] = "content+column+row",
+    window: Annotated[int | None, typer.Option(max=20_001, help="Pixels that an axis sees; odd.")] = None,
+    by_stage: Annotated[bool, typer.Option("--by-stage", help="The stages of each network.")] = False,
+    check: Annotated[
+        bool, typer.Option("--check", help="Recompute the paper's figures; 1 if any differs.")
+    ] = False,
     as_json: Json = False,
 ) -> None:
-    """List the networks with their parameters and GFLOPs."""
-    import torch
+    """List the networks with their parameters, GFLOPs and activation memory (float32) for one image."""
+    from pipeline.costs import PAPER_SETTINGS
 
-    from gsa_models import create_model, list_models, model_cost
-
-    rows = []
-    for name in list_models():
-        with torch.device("meta"):
-            try:
-                model = create_model(name, num_classes=classes, image_size=image_size, stem=stem)
-            except ValueError as error:
-                raise InputError(f"{name}: {error}") from None
-        cost = model_cost(model, image_size)
-        rows.append({"model": name, "params": cost.params, "gflops": round(cost.flops / 1e9, 3)})
-    _print_rows(rows, as_json, title=f"{classes} classes, {image_size}x{image_size}, stem {stem}")
+    settings = {
+        "image_size": image_size,
+        "num_classes": classes,
+        "stem": stem,
+        "placement": placement,
+        "components": components,
+        "window": window,
+    }
+    if check:
+        if name or by_stage or settings != PAPER_SETTINGS:
+            raise InputError("gsa models --check has settings of its own: leave out all but --json")
+        _check_figures(as_json)
+        return
+    rows = _model_rows(name, settings)
+    if by_stage and not as_json:
+        for row in rows:
+            _print_stages(row)
+        return
+    if not as_json:
+        rows = [{key: value for key, value in row.items() if key != "stages"} for row in rows]
+    title = (
+        f"{classes} classes, {image_size}x{image_size}, stem {stem}; gflops and activation_mib for one image"
+    )
+    _print_rows(rows, as_json, title=title)
 
 
 @shards_app.command("build")
@@ -343,6 +364,39 @@ def _print_rows(rows: Sequence[dict[str, Any]], as_json: bool, *, title: str) ->
 
     print(title)
     print(table(rows))
+
+
+def _model_rows(name: str | None, settings: dict[str, Any]) -> list[dict[str, Any]]:
+    from pipeline.costs import model_rows
+
+    with warnings.catch_warnings(record=True, action="always") as warned:
+        rows = model_rows(name, settings)
+    for warning in warned:
+        print(f"gsa: {warning.message}", file=sys.stderr)
+    return rows
+
+
+def _print_stages(row: dict[str, Any]) -> None:
+    total = {key: row[key] for key in ("params", "gflops", "activation_mib")}
+    _print_rows([*row["stages"], {"stage": "all", **total}], False, title=row["model"])
+
+
+def _check_figures(as_json: bool) -> None:
+    """Print every figure of the paper, counted anew; exit code 1 if one differs."""
+    from pipeline.costs import checked_figures
+
+    rows = []
+    for row in checked_figures():
+        rows.append(row)
+        if not as_json:
+            differs = "" if row["ok"] else f"expected {row['expected']}, got "
+            print(
+                f"{'ok' if row['ok'] else 'MISMATCH':<9} {row['network']}: {differs}{row['got']}", flush=True
+            )
+    right = sum(row["ok"] for row in rows)
+    print(json.dumps(rows) if as_json else f"{right} of {len(rows)} figures are as expected")
+    if right < len(rows):
+        raise typer.Exit(1)
 
 
 def _print_left_out(manifest: Any) -> None:

@@ -46,6 +46,7 @@ class ModelConfig(Section):
     window: Positive | None = None
     heads: Positive = 8
     query_softmax: bool = False
+    drop_path: Annotated[float, Field(ge=0, lt=1)] = 0.0  # of the last block; from 0 at the first, on a line
 
 
 class DataConfig(Section):

@@ -86,6 +86,7 @@ def build_model(config: Config, classes: int, device: str = "cpu") -> ResNet:
                 window=model.window,
                 heads=model.heads,
                 query_softmax=model.query_softmax,
+                drop_path=model.drop_path,
             )
     except ValueError as error:
         raise ConfigError(f"model: {error}") from None
@@ -98,7 +99,10 @@ def load_trained(run: RunDir) -> tuple[ResNet, Config, Manifest]:
     if saved is None:
         raise InputError(f"run {run.name} has no checkpoint; next: train it for an epoch at least")
     model = build_model(config, len(manifest.classes))
-    model.load_state_dict(saved["model"])
+    try:
+        model.load_state_dict(saved["model"])
+    except ValueError as error:
+        raise InputError(f"run {run.name}: its checkpoint is of other code: {error}") from None
     return model.eval(), config, manifest
 
 

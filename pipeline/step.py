@@ -4,6 +4,7 @@ from collections.abc import Callable, Iterator, Sequence
 from contextlib import contextmanager, nullcontext
 from dataclasses import dataclass
 
+import numpy as np
 import torch
 import torch.distributed as dist
 from torch import Tensor, nn
@@ -25,9 +26,12 @@ class TrainState:
 
 
 def train_step(
-    state: TrainState, batches: Sequence[Batch], *, lr: float, label_smoothing: float
+    state: TrainState, batches: Sequence[Batch], *, first: int, seed: int, lr: float, label_smoothing: float
 ) -> dict[str, Tensor]:
     """One optimizer step on this rank's micro-batches of a global batch.
+
+    first: the number of the first of them, counted over all ranks since training began. What the network
+    draws at random (stochastic depth) depends on seed and that number: not on the world, nor on a restart.
 
     The gradient is the mean over all micro-batches of all ranks. Batch norm normalises each micro-batch by
     itself; its running statistics move once, by the mean over all of them: so neither depends on the
@@ -39,7 +43,8 @@ def train_step(
     statistics = _Statistics(state.model)
     for i, batch in enumerate(batches):
         last = i == len(batches) - 1
-        with nullcontext() if last else _no_sync(state.replica), statistics.apart():
+        random = _random_numbers(seed, first + i, state.device)
+        with nullcontext() if last else _no_sync(state.replica), statistics.apart(), random:
             images, labels = to_device(batch.images, state.device), batch.labels.to(state.device)
             logits = state.replica(images)
             loss = cross_entropy(logits, labels, label_smoothing=label_smoothing)
@@ -118,6 +123,14 @@ class _Statistics:
         for buffer, new in zip(self.buffers, torch.split(flat, sizes), strict=True):
             buffer.copy_(new.view_as(buffer))
         torch._foreach_sub_(self.tracked, self.batches - 1)
+
+
+@contextmanager
+def _random_numbers(seed: int, micro_batch: int, device: torch.device) -> Iterator[None]:
+    """Seed torch's generators for one micro-batch; afterwards they are as they were."""
+    with torch.random.fork_rng(devices=[device] if device.type == "cuda" else []):
+        torch.manual_seed(int(np.random.SeedSequence((seed, micro_batch)).generate_state(1)[0]))
+        yield
 
 
 @contextmanager

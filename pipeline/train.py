@@ -128,7 +128,16 @@ class _Loop:
         sums, due = _Sums(self.place.device), {}
         for batches in self._steps(first):
             lr = lr_at(self.state.step, peak=peak_lr(optim), total=total, warmup=warmup)
-            sums.add(train_step(self.state, batches, lr=lr, label_smoothing=optim.label_smoothing))
+            sums.add(
+                train_step(
+                    self.state,
+                    batches,
+                    first=self.state.step * self.config.micro_batches + self.place.rank * self.share,
+                    seed=self.config.seed,
+                    lr=lr,
+                    label_smoothing=optim.label_smoothing,
+                )
+            )
             step_in_epoch = self.state.step % self.steps
             if step_in_epoch == 0 or step_in_epoch % LOG_EVERY == 0:
                 due = {**sums.take(self.state.step), "train/lr": lr}

@@ -1,66 +1,26 @@
 """Global self-attention against its definition, against `gsa-pytorch`, and by its invariants."""
 
 import itertools
-from collections.abc import Callable
 from typing import Any
 
 import pytest
 import torch
 from gsa_pytorch import GSA  # type: ignore[import-untyped]
+from oracle import (
+    assert_equals_reference,
+    norm_of,
+    output_and_gradients,
+    random_input,
+    random_module,
+    relative_error,
+)
 from torch import Tensor, nn
 from torch.func import functional_call
 
-from gsa_models.attention import (
-    COMPONENTS,
-    GlobalSelfAttention,
-    gsa_reference,
-    relative_embeddings,
-    softmax_in_float32,
-)
+from gsa_models.attention import COMPONENTS, GlobalSelfAttention
+from gsa_models.branches import relative_embeddings, softmax_in_float32
 
 SUBSETS = [subset for n in (1, 2, 3) for subset in itertools.combinations(COMPONENTS, n)]
-
-
-def random_module(dim: int = 12, *, seed: int = 0, **settings: Any) -> GlobalSelfAttention:
-    """A float64 module with every parameter and statistic drawn, so that nothing hides behind a 0 or a 1."""
-    module = GlobalSelfAttention(dim, **settings).double()
-    generator = torch.Generator().manual_seed(seed)
-    with torch.no_grad():
-        for name, tensor in module.state_dict().items():
-            if tensor.is_floating_point():
-                tensor.copy_(torch.randn(tensor.shape, generator=generator, dtype=torch.float64))
-            if name == "mid_norm.running_var":
-                tensor.abs_().add_(0.1)
-    return module
-
-
-def norm_of(module: GlobalSelfAttention) -> nn.BatchNorm2d:
-    assert module.mid_norm is not None, "only with both axes"
-    return module.mid_norm
-
-
-def random_input(*shape: int, seed: int = 1) -> Tensor:
-    return torch.randn(shape, generator=torch.Generator().manual_seed(seed), dtype=torch.float64)
-
-
-def relative_error(got: Tensor, expected: Tensor) -> float:
-    """Root mean square of the difference over that of what is expected."""
-    return float(((got - expected).norm() / expected.norm()).detach())
-
-
-def output_and_gradients(module: nn.Module, x: Tensor, y_of: Callable[[Tensor], Tensor]) -> list[Tensor]:
-    """What y_of(x) gives, and the gradients of a random weighting of it for x and every parameter."""
-    x = x.clone().requires_grad_()
-    y = y_of(x)
-    cotangent = random_input(*y.shape, seed=2)
-    return [y, *torch.autograd.grad((y * cotangent).sum(), [x, *module.parameters()])]
-
-
-def assert_equals_reference(module: GlobalSelfAttention, x: Tensor) -> None:
-    expected = output_and_gradients(module, x, lambda x: gsa_reference(module, x))
-    got = output_and_gradients(module, x, module)
-    for e, g in zip(expected, got, strict=True):
-        torch.testing.assert_close(g, e, rtol=1e-10, atol=1e-10)
 
 
 @pytest.mark.parametrize("training", [True, False], ids=["train", "eval"])
@@ -128,8 +88,7 @@ def public_twin(module: GlobalSelfAttention) -> GSA:
     dim, heads = module.dim, module.heads
     twin = GSA(dim, rel_pos_length=module.map_size[0], heads=heads, dim_key=dim // heads)
     with torch.no_grad():
-        assert module.key is not None, "the public module always has content attention"
-        twin.to_qkv.weight.copy_(torch.cat([module.query.weight, module.key.weight, module.value.weight]))
+        twin.to_qkv.weight.copy_(module.qkv.weight)
         twin.to_out.weight.copy_(torch.eye(dim)[:, :, None, None])
         twin.to_out.bias.zero_()
         twin.rel_rows.copy_(module.column_table)
@@ -213,7 +172,7 @@ def test_a_table_is_read_by_key_minus_query() -> None:
 
 def test_parts_that_components_leave_out_are_not_built() -> None:
     module = GlobalSelfAttention(16, map_size=(4, 6), components=("row",))
-    assert [name for name, _ in module.named_parameters()] == ["row_table", "query.weight", "value.weight"]
+    assert [name for name, _ in module.named_parameters()] == ["row_table", "qkv.weight"]
 
 
 def test_a_table_has_a_row_for_every_offset_of_its_axis_or_of_the_window() -> None:

@@ -36,8 +36,63 @@ def test_models_prints_the_papers_sizes(gsa) -> None:
     code, out, _ = gsa("models", "--json")
     rows = {row["model"]: row for row in json.loads(out)}
     assert code == 0
-    assert rows["gsa_resnet50"] == {"model": "gsa_resnet50", "params": 18_052_856, "gflops": 7.170}
-    assert rows["resnet50"] == {"model": "resnet50", "params": 25_557_032, "gflops": 8.178}
+    sizes = {name: (row["params"], row["gflops"], row["paper"]) for name, row in rows.items()}
+    assert sizes["gsa_resnet50"] == (18_052_856, 7.170, "18.1M / 7.2G")
+    assert sizes["gsa_resnet38"] == (14_202_728, 5.895, "14.2M / 5.9G (recalled)")
+    assert sizes["resnet50"] == (25_557_032, 8.178, None)
+    assert rows["resnet50"]["activation_mib"] == 81.93
+
+
+def test_models_shows_what_an_ablation_costs_stage_by_stage(gsa) -> None:
+    ablation = (
+        "models",
+        "gsa_resnet50",
+        "--placement",
+        "cggg",
+        "--window",
+        "7",
+        "--components",
+        "row+column",
+    )
+    code, out, _ = gsa(*ablation, "--by-stage", "--json")
+    (row,) = json.loads(out)
+    assert code == 0
+    assert row["paper"] is None
+    assert [stage["stage"] for stage in row["stages"]] == [
+        "stem",
+        *(f"group{i}" for i in range(1, 5)),
+        "head",
+    ]
+    assert sum(stage["params"] for stage in row["stages"]) == row["params"]
+    assert sum(stage["activation_mib"] for stage in row["stages"]) == pytest.approx(
+        row["activation_mib"], abs=0.1
+    )
+    code, out, _ = gsa(*ablation, "--by-stage")
+    assert out.startswith("gsa_resnet50\n")
+    assert f"{row['params']:,}" in out
+    code, _, err = gsa("models", "resnet_tiny", "--window", "7")
+    assert (code, err) == (0, "gsa: resnet_tiny has no GSA block here: window=7 changes nothing\n")
+
+
+def test_models_check_counts_the_papers_figures_anew(gsa, monkeypatch: pytest.MonkeyPatch) -> None:
+    from gsa_models.cost import FIGURES, Figure
+
+    figures = (FIGURES[4], Figure("gsa_resnet50", "16.0M", {"components": "row"}))
+    monkeypatch.setattr("pipeline.costs.FIGURES", figures)
+    code, out, _ = gsa("models", "--check")
+    assert (code, out.splitlines()) == (
+        1,
+        [
+            "ok        gsa_resnet26: 10,352,600 / 4.619G",
+            "MISMATCH  gsa_resnet50 components=row: expected 16.0M, got 16.8M",
+            "1 of 2 figures are as expected",
+        ],
+    )
+    monkeypatch.setattr("pipeline.costs.FIGURES", figures[:1])
+    code, out, _ = gsa("models", "--check", "--json")
+    written = "10,352,600 / 4.619G"
+    assert code == 0
+    assert json.loads(out) == [{"network": "gsa_resnet26", "expected": written, "got": written, "ok": True}]
 
 
 def test_shards_are_built_verified_shown_and_reused(gsa, pictures: Path, tmp_path: Path) -> None:
@@ -84,6 +139,10 @@ def test_left_out_pictures_are_listed_and_counted(gsa, pictures: Path, tmp_path:
 @pytest.mark.parametrize(
     ("words", "said"),
     [
+        (["models", "gsa_resnet5"], "did you mean gsa_resnet50?"),
+        (["models", "--placement", "cgx"], "gsa_resnet26: placement 'cgx': got 3 letters, expected 4"),
+        (["models", "--image-size", "16"], "image_size 16 is too small"),
+        (["models", "--check", "--window", "7"], "leave out all but --json"),
         (["train", "digitz"], "did you mean digits?"),
         (["train", "digits", "optim.lrr=1"], "did you mean optim.lr?"),
         (["train", "digits", "optim.lr=fast"], "optim.lr: expected a valid number, got 'fast'"),

@@ -30,7 +30,7 @@ from pipeline.config import (
     recipe_path,
     validate,
 )
-from pipeline.plan import prepare
+from pipeline.plan import build_model, prepare
 from pipeline.rundir import Out
 from pipeline.sweep import Sweep
 
@@ -233,6 +233,8 @@ OPTIM_FIELDS = (
         ("model.query_softmax=1", "model.query_softmax: expected a valid boolean, got 1"),
         ("model.name=5", "model.name: expected a valid string, got 5"),
         ("model=5", "model: expected a valid dictionary or instance of ModelConfig, got 5"),
+        ("model.drop_path=1", "model.drop_path: expected less than 1, got 1"),
+        ("model.drop_path=-0.1", "model.drop_path: expected greater than or equal to 0, got -0.1"),
         ("model.stem=big", "model.stem: expected 'imagenet' or 'small', got 'big'"),
         ("optim.lr=0", "optim.lr: expected greater than 0, got 0"),
         ("optim.lr=.inf", "optim.lr: expected a finite number, got inf"),
@@ -331,6 +333,7 @@ CHANGED = {
     "model.window": 3,
     "model.heads": 4,
     "model.query_softmax": "true",
+    "model.drop_path": 0.1,
     "data.image_size": 192,
     "data.crop_scale": "[0.1, 1.0]",
     "data.flip": 0.25,
@@ -355,6 +358,12 @@ def test_changing_any_field_changes_the_fingerprint() -> None:
     prints.add(fingerprint(Config(), "other pictures"))
     assert len(prints) == len(CHANGED) + 2
     assert all(re.fullmatch("[0-9a-f]{16}", p) for p in prints)
+
+
+def test_drop_path_reaches_the_network() -> None:
+    config = load(Config, "train", "digits", ["model.drop_path=0.3"])
+    network = build_model(config, 10, device="meta")
+    assert [group[0].drop_path for group in network.groups] == pytest.approx([0, 0.1, 0.2, 0.3])
 
 
 def test_the_name_of_the_shards_and_the_spelling_of_numbers_do_not_change_it() -> None:

@@ -1,91 +1,38 @@
-"""The paper's counts, exactly, and the counter against PyTorch's own."""
+"""The paper's counts, exactly; the counter against PyTorch's own; measured memory against a real pass."""
 
 from typing import Any
 
 import pytest
 import torch
+from torch import Tensor
+from torch.autograd.graph import saved_tensors_hooks
 from torch.utils.flop_counter import FlopCounterMode
 
-from gsa_models import PAPER_TABLE, Cost, create_model, model_cost
-from gsa_models.cost import PaperRow
+from gsa_models import PAPER_TABLE, create_model, model_cost
+from gsa_models.cost import FIGURES, Cost, Figure, PaperRow, StageCost, written_as
 
 
-def cost_of(name: str, *, image_size: int = 224, **settings: Any) -> Cost:
-    with torch.device("meta"):
-        model = create_model(name, image_size=image_size, **settings)
-    return model_cost(model, image_size)
+@pytest.mark.parametrize("figure", FIGURES, ids=lambda f: f"{f.model}-{f.settings}-{f.expected}")
+def test_every_figure_is_what_is_counted(figure: Figure) -> None:
+    assert figure.counted() == figure.expected
 
 
-def in_units(cost: Cost, digits: int = 3) -> tuple[float, float]:
-    """(million parameters, GFLOPs), rounded as the paper's tables are."""
-    return round(cost.params / 1e6, digits), round(cost.flops / 1e9, digits)
+def test_the_figures_are_those_of_the_paper_and_its_ablations() -> None:
+    """Eight depths, six at 32 pixels; seven component sets, eight placements and five windows of depth 50."""
+    kinds = [next(iter(figure.settings), "depth") for figure in FIGURES]
+    assert [kinds.count(k) for k in ("depth", "image_size", "components", "placement", "window")] == [
+        8,
+        6,
+        7,
+        8,
+        5,
+    ]
 
 
-# The gate. Every figure is counted by the convention that fits what the paper reports; see PAPER_TABLE.
-
-
-@pytest.mark.parametrize("row", PAPER_TABLE, ids=lambda row: row.model)
-def test_depths_at_224_cost_what_the_paper_says(row: PaperRow) -> None:
-    cost = cost_of(row.model)
-    assert (cost.params, round(cost.flops / 1e9, 3)) == (row.params, row.gflops)
-    if row.reported is not None:
-        assert "{}M / {}G".format(*in_units(cost, 1)) == row.reported
-
-
-@pytest.mark.parametrize(
-    ("name", "params", "gflops"),
-    [
-        ("resnet26", 11_844_772, 1.455),
-        ("gsa_resnet26", 8_492_372, 1.383),
-        ("resnet38", 17_775_012, 2.026),
-        ("gsa_resnet38", 12_339_428, 1.783),
-        ("resnet50", 23_705_252, 2.596),
-        ("gsa_resnet50", 16_186_484, 2.182),
-    ],
-)
-def test_depths_at_32_with_the_small_stem_cost_what_was_counted(
-    name: str, params: int, gflops: float
-) -> None:
-    cost = cost_of(name, image_size=32, num_classes=100, stem="small")
-    assert (cost.params, round(cost.flops / 1e9, 3)) == (params, gflops)
-
-
-@pytest.mark.parametrize(
-    ("components", "expected"),
-    [
-        ("content+column+row", (18.053, 7.170)),
-        ("content+column", (18.029, 6.868)),
-        ("content+row", (18.029, 6.868)),
-        ("column+row", (16.795, 6.368)),
-        ("content", (18.012, 6.566)),
-        ("column", (16.771, 6.066)),
-        ("row", (16.771, 6.066)),
-    ],
-)
-def test_component_ablation_costs_what_was_counted(components: str, expected: tuple[float, float]) -> None:
-    assert in_units(cost_of("gsa_resnet50", components=components)) == expected
-
-
-@pytest.mark.parametrize(
-    ("placement", "expected"),
-    [
-        ("none", (25.557, 8.178)),
-        ("cccg", (20.848, 8.000)),
-        ("ccgg", (18.504, 7.437)),
-        ("cggg", (18.121, 7.344)),
-        ("gggg", (18.053, 7.170)),
-        ("gccc", (25.489, 8.005)),
-        ("ggcc", (25.106, 7.912)),
-        ("gggc", (22.762, 7.349)),
-    ],
-)
-def test_group_ablation_costs_what_was_counted(placement: str, expected: tuple[float, float]) -> None:
-    assert in_units(cost_of("gsa_resnet50", placement=placement)) == expected
-
-
-@pytest.mark.parametrize(("window", "gflops"), [(3, 6.61), (7, 6.67), (15, 6.79), (31, 6.97), (None, 7.17)])
-def test_window_ablation_costs_what_was_counted(window: int | None, gflops: float) -> None:
-    assert round(cost_of("gsa_resnet50", window=window).flops / 1e9, 2) == gflops
+@pytest.mark.parametrize("row", [row for row in PAPER_TABLE if row.reported], ids=lambda row: row.model)
+def test_what_is_counted_rounds_to_what_the_paper_reports(row: PaperRow) -> None:
+    cost = Cost((StageCost("all", row.params, round(row.gflops * 1e9), 0),))
+    assert written_as(str(row.reported), cost) == row.reported
 
 
 # The counter itself.
@@ -120,17 +67,74 @@ def test_params_equal_the_model_s_and_stages_name_its_parts() -> None:
 
 
 def test_counting_leaves_a_real_model_as_it_was() -> None:
-    model = create_model("gsa_resnet_tiny", image_size=8, stem="small", in_channels=1).train()
+    model = create_model("gsa_resnet_tiny", image_size=8, stem="small", in_channels=1, drop_path=0.5)
+    model.groups[0].eval()
     before = {name: tensor.clone() for name, tensor in model.state_dict().items()}
-    model_cost(model, 8, in_channels=1)
-    assert model.training
+    modes = [module.training for module in model.modules()]
+    random = torch.get_rng_state()
+    model_cost(model, 8)
+    assert [module.training for module in model.modules()] == modes
     assert all(torch.equal(tensor, before[name]) for name, tensor in model.state_dict().items())
+    assert all(parameter.grad is None for parameter in model.parameters())
     assert not any(module._forward_hooks for module in model.modules())
+    assert torch.equal(torch.get_rng_state(), random)
 
 
-def test_a_model_made_for_another_size_is_refused_and_left_clean() -> None:
+def test_a_model_made_for_another_size_is_refused() -> None:
     with torch.device("meta"):
         model = create_model("gsa_resnet_tiny", image_size=32)
     with pytest.raises(ValueError, match=r"expected an input of \(batch, 16, 8, 8\), got \(2, 16, 16, 16\)"):
         model_cost(model, 64)
-    assert not any(module._forward_hooks for module in model.modules())
+
+
+# Activation memory.
+
+
+def kept_bytes(model: torch.nn.Module, images: Tensor) -> int:
+    """What a real training pass keeps for its backward pass, by the addresses of the memory."""
+    parameters = {t.untyped_storage().data_ptr() for t in (*model.parameters(), *model.buffers())}
+    kept: dict[int, Tensor] = {}
+
+    def keep(tensor: Tensor) -> Tensor:
+        kept[tensor.untyped_storage().data_ptr()] = tensor  # held: no address is given away twice
+        return tensor
+
+    with saved_tensors_hooks(keep, lambda tensor: tensor):
+        model.train()(images)
+    return sum(t.untyped_storage().nbytes() for address, t in kept.items() if address not in parameters)
+
+
+@pytest.mark.parametrize(
+    ("name", "settings"),
+    [
+        ("resnet_tiny", {}),
+        ("resnet_tiny", {"drop_path": 0.5}),
+        ("gsa_resnet_tiny", {}),
+        ("gsa_resnet_tiny", {"stem": "small", "heads": 2, "window": 3}),
+        ("gsa_resnet_tiny", {"components": "column+row", "placement": "cggc"}),
+        ("gsa_resnet_tiny", {"components": "content", "query_softmax": True}),
+        ("gsa_resnet_tiny", {"components": "content+row", "image_size": 40}),
+        ("gsa_resnet26", {}),
+    ],
+    ids=str,
+)
+@pytest.mark.parametrize("dtype", [torch.float32, torch.float64], ids=str)
+def test_activation_memory_is_that_of_a_real_training_pass(
+    name: str, settings: dict[str, Any], dtype: torch.dtype
+) -> None:
+    side = settings.get("image_size", 32)
+    model = create_model(name, num_classes=10, **{"image_size": side} | settings).to(dtype)
+    two, six = (kept_bytes(model, torch.randn(n, 3, side, side, dtype=dtype)) for n in (2, 6))
+    assert 4 * model_cost(model, side).activation_bytes == six - two
+
+
+def test_activation_memory_of_a_stage_is_what_its_layers_need() -> None:
+    """By hand: a convolution keeps its input, a batch norm its input, a ReLU its output; a stage once each."""
+    model = create_model("resnet_tiny", image_size=32, num_classes=10)
+    stages = {stage.name: stage.activation_bytes for stage in model_cost(model, 32).stages}
+    image, map16, map8 = 3 * 32 * 32, 16 * 16 * 16, 16 * 8 * 8
+    assert stages["stem"] == 4 * (image + 2 * map16) + 8 * map8  # the max-pool keeps its places as int64
+    # The input, 16 channels before and after two norms, 64 after the third, the shortcut's, and the sum.
+    assert stages["group1"] == 4 * (map8 + 2 * 2 * map8 + 3 * 4 * map8)
+    assert stages["head"] == 4 * 512
+    assert model_cost(model, 64).stages[1].activation_bytes == 4 * stages["group1"]

@@ -7,7 +7,7 @@ import torch
 from torch import Tensor, nn
 
 from gsa_models.attention import GlobalSelfAttention
-from gsa_models.resnet import Bottleneck, ResNet, map_sides
+from gsa_models.resnet import Bottleneck, ResNet, drop_path_ramp, map_sides, stochastic_depth
 
 SMALL: dict[str, Any] = {"width": 8, "image_size": 16, "num_classes": 5, "stem": "small", "heads": 2}
 
@@ -66,6 +66,19 @@ def test_gsa_runs_on_the_larger_map_and_only_then_the_map_is_halved() -> None:
     torch.testing.assert_close(pool(gsa(x)), expected)
 
 
+def test_an_odd_map_is_halved_as_by_the_shortcut_and_its_border_is_the_mean_of_real_pixels() -> None:
+    _, pool = blocks_of(small_net(("c", "g")))[1][0].spatial
+    x = images(2, 11)
+    y = pool(x)
+    assert (
+        y.shape[2:] == blocks_of(small_net())[1][0].shortcut(torch.randn(2, 32, 11, 11)).shape[2:] == (6, 6)
+    )
+    torch.testing.assert_close(y[:, :, :5, :5], pool(x[:, :, :10, :10]))
+    torch.testing.assert_close(y[:, :, 5, 5], x[:, :, 10, 10])
+    torch.testing.assert_close(y[:, :, 5, 0], x[:, :, 10, :2].mean(dim=2))
+    torch.testing.assert_close(pool(torch.ones(1, 1, 7, 7)), torch.ones(1, 1, 4, 4))
+
+
 def test_the_3x3_convolution_has_the_stride() -> None:
     first = blocks_of(small_net(("c", "c", "c", "c")))[1][0]
     assert first.reduce.stride == (1, 1)
@@ -114,12 +127,89 @@ def test_a_small_gsa_network_learns_eight_images_by_heart() -> None:
     assert loss.item() < 0.1
 
 
-def test_exports_with_a_dynamic_batch() -> None:
-    net = small_net(("c", "g")).eval()
+@pytest.mark.parametrize("side", [16, 15])
+def test_exports_with_a_dynamic_batch(side: int) -> None:
+    net = small_net(("c", "g"), image_size=side, drop_path=0.5).eval()
     batch = {"x": {0: torch.export.Dim("batch", min=1, max=64)}}
-    program = torch.export.export(net, (images(2, 16),), dynamic_shapes=batch)
+    program = torch.export.export(net, (images(2, side),), dynamic_shapes=batch)
     for n in (1, 3):
-        torch.testing.assert_close(program.module()(images(n, 16)), net(images(n, 16)))
+        torch.testing.assert_close(program.module()(images(n, side)), net(images(n, side)))
+
+
+# Stochastic depth.
+
+
+def test_a_dropped_sample_is_zero_the_others_are_scaled_and_the_mean_is_the_branch() -> None:
+    torch.manual_seed(0)
+    branch = torch.randn(1, 3, 2, 2)
+    draws = stochastic_depth(branch.expand(20_000, 3, 2, 2), 0.3)
+    dropped = (draws == 0).flatten(1).all(dim=1)
+    assert dropped.float().mean().item() == pytest.approx(0.3, abs=0.02)
+    torch.testing.assert_close(draws[~dropped], (branch / 0.7).expand(int((~dropped).sum()), 3, 2, 2))
+    torch.testing.assert_close(draws.mean(dim=0), branch[0], rtol=0.03, atol=0)
+
+
+def test_a_sample_without_its_branch_is_its_shortcut() -> None:
+    block = blocks_of(small_net(("c", "cc"), drop_path=0.5))[1][1].train()
+    nn.init.ones_(block.expand_norm.weight)
+    x = torch.randn(64, 64, 8, 8).relu()
+    with torch.random.fork_rng():
+        y = block(x)
+    dropped = (y == x).flatten(1).all(dim=1)
+    assert 16 < int(dropped.sum()) < 48
+    block.drop_path = 0.0
+    branch = (block.expand_norm(block.expand(hidden(block, x))) * 2 + x).relu()
+    torch.testing.assert_close(y[~dropped], branch[~dropped])
+
+
+def hidden(block: Any, x: Tensor) -> Tensor:
+    """What the last convolution of a bottleneck takes in."""
+    y = nn.functional.relu(block.reduce_norm(block.reduce(x)))
+    return nn.functional.relu(block.spatial_norm(block.spatial(y)))
+
+
+def test_drop_path_rises_on_a_line_from_the_first_block_to_the_last() -> None:
+    net = small_net(("c", "cg", "g", "g"), drop_path=0.4)
+    rates = [block.drop_path for group in blocks_of(net) for block in group]
+    assert rates == pytest.approx([0, 0.1, 0.2, 0.3, 0.4])
+    assert drop_path_ramp(0.4, 1) == [0]
+
+
+@pytest.mark.parametrize("drop_path", [-0.1, 1, float("nan")])
+def test_a_drop_path_that_is_no_probability_below_1_is_refused(drop_path: float) -> None:
+    with pytest.raises(ValueError, match=r"drop_path must be a probability from 0 to below 1, got"):
+        small_net(drop_path=drop_path)
+
+
+def test_drop_path_changes_neither_weights_nor_evaluation() -> None:
+    plain, deep = small_net(), small_net(drop_path=0.5)
+    assert plain.state_dict().keys() == deep.state_dict().keys()
+    assert all(torch.equal(tensor, deep.state_dict()[name]) for name, tensor in plain.state_dict().items())
+    assert torch.equal(plain.eval()(images(4, 16)), deep.eval()(images(4, 16)))
+    assert [type(m) for m in plain.modules()] == [type(m) for m in deep.modules()]
+
+
+def test_only_training_with_drop_path_draws_random_numbers() -> None:
+    for net, draws in (
+        (small_net().train(), False),
+        (small_net(drop_path=0.5).eval(), False),
+        (small_net(drop_path=0.5).train(), True),
+    ):
+        before = torch.get_rng_state()
+        net(images(4, 16))
+        assert torch.equal(torch.get_rng_state(), before) != draws
+
+
+def test_the_same_seed_drops_the_same_samples() -> None:
+    net, outputs = small_net(drop_path=0.5), []
+    for seed in (1, 1, 2):
+        for block in net.modules():
+            if isinstance(block, Bottleneck):
+                nn.init.ones_(block.expand_norm.weight)
+        torch.manual_seed(seed)
+        outputs.append(net(images(16, 16)))
+    assert torch.equal(outputs[0], outputs[1])
+    assert not torch.equal(outputs[0], outputs[2])
 
 
 # Sizes.
@@ -128,6 +218,9 @@ def test_exports_with_a_dynamic_batch() -> None:
 def test_map_sides_are_those_of_the_paper() -> None:
     assert map_sides(224, stem="imagenet", placement=["g"] * 4) == [56, 56, 28, 14]
     assert map_sides(32, stem="small", placement=["g"] * 4) == [32, 32, 16, 8]
+    assert map_sides(176, stem="imagenet", placement=["g"] * 4) == [44, 44, 22, 11]
+    assert map_sides(225, stem="imagenet", placement=["g"] * 4) == [57, 57, 29, 15]
+    assert map_sides(1, stem="small", placement=["g"]) == [1]
 
 
 @pytest.mark.parametrize(
@@ -135,8 +228,8 @@ def test_map_sides_are_those_of_the_paper() -> None:
     [
         ("c", "small", [*range(5, 34)]),
         ("c", "imagenet", [*range(17, 34)]),
-        ("g", "small", [8, 16, 24, 32]),
-        ("g", "imagenet", [29, 30, 31, 32]),
+        ("g", "small", [*range(5, 34)]),
+        ("g", "imagenet", [*range(17, 34)]),
     ],
 )
 def test_accepted_sizes_run_and_the_others_are_refused_at_the_door(
@@ -155,20 +248,21 @@ def test_accepted_sizes_run_and_the_others_are_refused_at_the_door(
 
 
 @pytest.mark.parametrize(
-    ("side", "stem", "placement", "message"),
+    ("side", "stem", "message"),
     [
-        (176, "imagenet", "cccg", r"group 4 a map of 11x11 .* even side.*; image_size 160 or 192 would do"),
-        (225, "imagenet", "gggg", r"group 2 a map of 57x57 .* even side.*; image_size 224 or 256 would do"),
-        (20, "small", "cccg", r"group 4 a map of 5x5 .* even side.*; image_size 16 or 24 would do"),
-        (16, "imagenet", "cccc", r"group 4 a map of 1x1 .* at least 2 pixels; image_size 32 would do"),
-        (4, "small", "gggg", r"group 4 a map of 1x1 .*; image_size 8 would do"),
-        (0, "small", "cccc", r"group 2 a map of 0x0 .*; image_size 8 would do"),
-        (32, "tiny", "cccc", r"unknown stem 'tiny'; stems are imagenet, small"),
+        (
+            16,
+            "imagenet",
+            r"image_size 16 is too small: the imagenet stem and 3 groups .* need 17 pixels or more",
+        ),
+        (4, "small", r"image_size 4 is too small: .* need 5 pixels or more"),
+        (0, "small", r"image_size 0 is too small"),
+        (32, "tiny", r"unknown stem 'tiny'; stems are imagenet, small"),
     ],
 )
-def test_a_size_that_cannot_be_halved_is_refused(side: int, stem: str, placement: str, message: str) -> None:
+def test_a_size_that_cannot_be_halved_is_refused(side: int, stem: str, message: str) -> None:
     with pytest.raises(ValueError, match=message):
-        map_sides(side, stem=stem, placement=list(placement))
+        map_sides(side, stem=stem, placement=["g"] * 4)
 
 
 def test_a_convolutional_network_takes_other_sizes_and_a_gsa_network_says_why_not() -> None:

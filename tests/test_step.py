@@ -32,9 +32,11 @@ def one_thread() -> Iterator[None]:
     torch.set_num_threads(threads)
 
 
-def small_model() -> nn.Module:
+def small_model(drop_path: float = 0.0) -> nn.Module:
     torch.manual_seed(0)
-    model = create_model("gsa_resnet_tiny", num_classes=3, image_size=32, heads=4, placement="gcgc")
+    model = create_model(
+        "gsa_resnet_tiny", num_classes=3, image_size=32, heads=4, placement="gcgc", drop_path=drop_path
+    )
     for name, parameter in model.named_parameters():  # a block starts as its shortcut: make it take part
         if name.endswith("expand_norm.weight"):
             nn.init.constant_(parameter, 0.5)
@@ -105,7 +107,7 @@ def test_a_step_is_the_mean_over_its_micro_batches(number: int, monkeypatch: pyt
     for turn in range(2):
         parts = batches(number, seed=turn)
         expected, sums = step_plainly(expected, velocity, parts)
-        found = train_step(state, parts, lr=LR, label_smoothing=SMOOTHING)
+        found = train_step(state, parts, first=0, seed=0, lr=LR, label_smoothing=SMOOTHING)
         assert {k: float(v) for k, v in found.items()} == pytest.approx(sums, rel=1e-5)
         assert state.step == turn + 1
         for (name, one), other in zip(
@@ -118,8 +120,8 @@ def test_running_statistics_move_once_a_step_whatever_the_micro_batches() -> Non
     """Three equal micro-batches move them exactly as far as one of them."""
     part = batches(1)[0]
     once, thrice = new_state(small_model()), new_state(small_model())
-    train_step(once, [part], lr=0.0, label_smoothing=0.0)
-    train_step(thrice, [part] * 3, lr=0.0, label_smoothing=0.0)
+    train_step(once, [part], first=0, seed=0, lr=0.0, label_smoothing=0.0)
+    train_step(thrice, [part] * 3, first=0, seed=0, lr=0.0, label_smoothing=0.0)
     start = small_model().state_dict()
     for name, value in once.model.state_dict().items():
         if "running" in name or "tracked" in name:
@@ -131,15 +133,28 @@ def test_a_step_trains_also_after_an_evaluation() -> None:
     state = new_state(small_model())
     state.model.eval()
     before = state.model.state_dict()["stem.1.running_mean"].clone()
-    train_step(state, batches(1), lr=0.0, label_smoothing=0.0)
+    train_step(state, batches(1), first=0, seed=0, lr=0.0, label_smoothing=0.0)
     assert state.model.training
     assert not torch.equal(state.model.state_dict()["stem.1.running_mean"], before)
 
 
+def test_what_a_network_draws_depends_on_seed_and_micro_batch_alone() -> None:
+    """So a step is the same for one rank with two micro-batches, for two ranks with one, and after a restart."""
+
+    def loss(parts: list[Batch], *, first: int, seed: int = 0) -> float:
+        state = new_state(small_model(drop_path=0.9))
+        return float(train_step(state, parts, first=first, seed=seed, lr=0.0, label_smoothing=0.0)["loss"])
+
+    one, two = batches(2)
+    assert loss([one, two], first=6) == pytest.approx(loss([one], first=6) + loss([two], first=7))
+    assert loss([one], first=6) != loss([one], first=7)
+    assert loss([one], first=6) != loss([one], first=6, seed=1)
+
+
 def test_a_step_leaves_the_global_random_generator_alone() -> None:
-    state = new_state(small_model())
+    state = new_state(small_model(drop_path=0.5))
     before = torch.get_rng_state()
-    train_step(state, batches(1), lr=0.1, label_smoothing=0.0)
+    train_step(state, batches(1), first=0, seed=0, lr=0.1, label_smoothing=0.0)
     assert torch.equal(torch.get_rng_state(), before)
 
 

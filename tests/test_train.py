@@ -522,7 +522,7 @@ def test_a_config_stands_for_one_run(out: Out, mini_config: Any) -> None:
         ({"components": "content+content"}, "model: components content[+]content name one twice"),
         ({"heads": 5}, "model: dim 16 is not divisible by 5 heads"),
         ({"window": 4}, "model: window must be an odd number of pixels, got 4"),
-        ({"image_size": 20}, "model: image_size 20 with the imagenet stem"),
+        ({"image_size": 16}, "model: image_size 16 is too small"),
         ({"micro_batch": 1}, "optim.micro_batch 1 is too small: Expected more than 1 value per channel"),
         ({"shards": "nothing"}, "nothing: no shards there"),
     ],

@@ -65,7 +65,9 @@ def test_settings_reach_the_network() -> None:
         window=3,
         heads=4,
         query_softmax=True,
+        drop_path=0.3,
     )
+    assert net.groups[3][0].drop_path == 0.3
     (gsa,) = (m for m in net.modules() if isinstance(m, GlobalSelfAttention))
     assert (gsa.map_size, gsa.heads, gsa.window) == ((8, 8), 4, 3)
     assert (gsa.components, gsa.query_softmax) == (("content", "row"), True)
@@ -97,12 +99,13 @@ def test_a_network_without_gsa_warns_of_settings_that_it_cannot_use() -> None:
             r"model 'gsa_resnet5' is unknown; did you mean gsa_resnet50\? \(models: gsa_",
         ),
         ({"name": "vit"}, r"model 'vit' is unknown; \(models: gsa_resnet26, .*, resnet_tiny\)"),
-        ({"image_size": 100}, r"image_size 100 .*; image_size 96 or 128 would do"),
+        ({"image_size": 16}, r"image_size 16 is too small: .* need 17 pixels or more"),
         ({"stem": "large"}, r"unknown stem 'large'"),
         ({"heads": 3}, r"dim 16 is not divisible by 3 heads; heads of 1, 2, 4, 8, 16 would be right"),
         ({"window": 2}, r"window must be an odd number of pixels, got 2"),
         ({"placement": "cgc"}, r"placement 'cgc': got 3 letters, expected 4"),
         ({"components": "content+rows"}, r"component 'rows' is unknown; did you mean row\?"),
+        ({"drop_path": 1.0}, r"drop_path must be a probability from 0 to below 1, got 1.0"),
         ({"num_classes": 0}, r"num_classes 0 and in_channels 3 must be at least 1"),
     ],
     ids=str,

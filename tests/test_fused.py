@@ -1,0 +1,189 @@
+"""The operator behind the module: the same figures by every path, what it keeps, what PyTorch knows of it."""
+
+from collections.abc import Iterator
+from typing import Any
+
+import pytest
+import torch
+from oracle import assert_equals_reference, norm_of, random_input, random_module, relative_error
+from torch import Tensor, nn
+from torch.library import opcheck
+from torch.utils.flop_counter import FlopCounterMode
+
+from gsa_models import axial_cpu, fused
+from gsa_models.attention import GlobalSelfAttention
+
+AXES = [("column", "row"), ("content", "column", "row"), ("content", "column"), ("row",)]
+
+
+class OtherNorm(nn.BatchNorm2d):
+    """Any norm but the plain one, such as SyncBatchNorm: the operator must not take it over."""
+
+
+@pytest.fixture(params=["plain", "another norm", "image by image"])
+def path(request: pytest.FixtureRequest, monkeypatch: pytest.MonkeyPatch) -> Iterator[str]:
+    """The ways through the module that the tests of test_attention.py do not take."""
+    if request.param == "plain":
+        monkeypatch.setattr(fused, "supports", lambda x: False)
+    if request.param == "image by image":
+        monkeypatch.setattr(axial_cpu, "BLOCK_BYTES", 1)
+    return str(request.param)
+
+
+@pytest.mark.parametrize("training", [True, False], ids=["train", "eval"])
+@pytest.mark.parametrize("components", AXES, ids="+".join)
+def test_every_path_equals_the_definition(path: str, components: tuple[str, ...], training: bool) -> None:
+    module = random_module(map_size=(5, 4), heads=3, components=components)
+    if path == "another norm" and module.mid_norm is not None:
+        norm = OtherNorm(12).double()
+        norm.load_state_dict(module.mid_norm.state_dict())
+        module.mid_norm = norm
+    assert_equals_reference(module.train(training), random_input(3, 12, 5, 4))
+
+
+def test_paths_leave_the_same_running_statistics(monkeypatch: pytest.MonkeyPatch) -> None:
+    ours, plain = (random_module(map_size=(5, 4), heads=3) for _ in range(2))
+    x = random_input(3, 12, 5, 4)
+    for _ in range(3):
+        ours(x)
+    monkeypatch.setattr(fused, "supports", lambda x: False)
+    for _ in range(3):
+        plain(x)
+    torch.testing.assert_close(ours.state_dict(), plain.state_dict(), rtol=1e-12, atol=1e-12)
+
+
+def test_one_value_a_channel_is_refused_in_training_as_by_any_batch_norm() -> None:
+    module = GlobalSelfAttention(8, map_size=(1, 1))
+    with pytest.raises(ValueError, match="more than one pixel a channel to train on, got 1"):
+        module(torch.randn(1, 8, 1, 1))
+    module.eval()(torch.randn(1, 8, 1, 1))
+
+
+def test_an_evaluation_can_be_differentiated_after_the_statistics_changed() -> None:
+    """DDP copies buffers in place between two forward passes; what a backward pass needs must survive."""
+    module = random_module(map_size=(4, 4), heads=3).eval()
+    x = random_input(2, 12, 4, 4).requires_grad_()
+    (expected,) = torch.autograd.grad(module(x).sum(), x)
+    y = module(x).sum()
+    running = norm_of(module).running_var
+    assert running is not None
+    running.mul_(2)
+    (got,) = torch.autograd.grad(y, x)
+    torch.testing.assert_close(got, expected)
+
+
+# Memory.
+
+
+def kept_storages(module: nn.Module, x: Tensor) -> list[int]:
+    """Bytes of every storage that a forward pass keeps for the backward pass, parameters left out."""
+    parameters = {p.untyped_storage().data_ptr() for p in module.parameters()}
+    kept: dict[int, int] = {}
+
+    def note(tensor: Tensor) -> Tensor:
+        storage = tensor.untyped_storage()
+        if storage.data_ptr() not in parameters:
+            kept[storage.data_ptr()] = storage.nbytes()
+        return tensor
+
+    with torch.autograd.graph.saved_tensors_hooks(note, lambda tensor: tensor):
+        y = module(x.requires_grad_())
+    assert y.requires_grad
+    return sorted(kept.values())
+
+
+def test_no_logits_are_kept() -> None:
+    module, x = GlobalSelfAttention(16, map_size=(28, 28), heads=8), torch.randn(4, 16, 28, 28)
+    kept = kept_storages(module, x)
+    statistics = 2 * 16 * 4
+    assert sum(kept) == 5 * x.nbytes + statistics  # x, q, k, v, the column output
+
+
+@pytest.mark.parametrize("memory_format", [torch.contiguous_format, torch.channels_last], ids=str)
+def test_the_output_has_the_memory_format_of_the_input(memory_format: torch.memory_format) -> None:
+    x = torch.randn(2, 16, 6, 5).contiguous(memory_format=memory_format).requires_grad_()
+    module = GlobalSelfAttention(16, map_size=(6, 5)).to(memory_format=memory_format)
+    y = module(x)
+    assert y.is_contiguous(memory_format=memory_format)
+    (gradient,) = torch.autograd.grad(y.square().sum(), x)
+    assert gradient.is_contiguous(memory_format=memory_format)
+
+
+# What PyTorch has to know.
+
+
+@pytest.mark.parametrize("channels_last", [False, True])
+@pytest.mark.parametrize("case", ["train", "eval", "no content", "row", "column"])
+def test_pytorch_accepts_the_operator(case: str, channels_last: bool) -> None:
+    """Schema, shapes and strides without data, autograd, and the traced backward pass, all by `opcheck`."""
+    heads, dim, height, width = 2, 6, 4, 3
+    parts = 2 if case == "no content" else 3
+    x = torch.randn(2, parts * dim, height, width)
+    x = x.contiguous(memory_format=torch.channels_last) if channels_last else x
+    column, row = (torch.randn(2 * n - 1, dim // heads, requires_grad=True) for n in (height, width))
+    weight, bias = torch.rand(dim, requires_grad=True), torch.rand(dim, requires_grad=True)
+    statistics = (torch.rand(dim), torch.rand(dim)) if case == "eval" else (None, None)
+    arguments: tuple[Any, ...] = (column, row, weight, bias, *statistics, heads, 1e-5)
+    if case in ("row", "column"):
+        tables = (None, row) if case == "row" else (column, None)
+        arguments = (*tables, None, None, None, None, heads, 1e-5)
+    opcheck(fused.attend, (x.requires_grad_(), *arguments))
+
+
+@pytest.mark.parametrize("components", AXES, ids="+".join)
+def test_flops_are_those_of_the_products_inside(components: tuple[str, ...]) -> None:
+    module = random_module(map_size=(5, 4), heads=3, components=components)
+    norm = module.mid_norm
+    parameters = (module.column_table, module.row_table, norm and norm.weight, norm and norm.bias)
+    projected, grad = module.qkv(random_input(2, 12, 5, 4)), random_input(2, 12, 5, 4)
+    with torch.no_grad():
+        _, *kept = fused.attend(projected, *parameters, None, None, 3, 1e-5)
+    calls = {
+        fused.attend: (projected, *parameters, None, None, 3, 1e-5),
+        fused.attend_backward: (grad, projected, *parameters, *kept, 3, 1e-5, True),
+    }
+    for operator, arguments in calls.items():
+        with torch.no_grad(), FlopCounterMode(display=False) as stated:
+            operator(*arguments)
+        # The function itself, whose products the counter sees; it lacks the one that works in place.
+        in_place = {torch.ops.aten.baddbmm_: lambda _, a, b, **__: 2 * a[0] * a[1] * a[2] * b[2]}
+        with torch.no_grad(), FlopCounterMode(display=False, custom_mapping=in_place) as counted:
+            operator._init_fn(*arguments)
+        assert stated.get_total_flops() == counted.get_total_flops() > 0
+
+
+# Precision.
+
+
+@pytest.mark.parametrize(("dtype", "limit"), [(torch.bfloat16, 0.03), (torch.float16, 0.005)], ids=str)
+def test_autocast_gradients_are_close_to_float32(dtype: torch.dtype, limit: float) -> None:
+    torch.manual_seed(0)
+    module, x = GlobalSelfAttention(32, map_size=(14, 14)), torch.randn(8, 32, 14, 14).relu()
+    parameters = list(module.parameters())
+
+    def gradients(low: bool) -> list[Tensor]:
+        with torch.autocast("cpu", dtype=dtype, enabled=low):
+            y = module(x)
+        assert y.dtype == (dtype if low else torch.float32)
+        # A mean would leave gradients below the smallest float16.
+        return list(torch.autograd.grad(y.float().square().sum() / 100, parameters))
+
+    for low, full in zip(gradients(True), gradients(False), strict=True):
+        assert low.dtype == full.dtype == torch.float32
+        assert relative_error(low, full) < limit
+
+
+def test_statistics_are_summed_up_in_float32() -> None:
+    module = GlobalSelfAttention(16, map_size=(56, 56)).bfloat16()
+    assert module.mid_norm is not None
+    module.mid_norm.float()
+    x = torch.randn(4, 16, 56, 56).relu()
+    module(x.bfloat16())
+    full = GlobalSelfAttention(16, map_size=(56, 56))
+    full.load_state_dict({k: v.float() for k, v in module.state_dict().items()}, strict=True)
+    assert full.mid_norm is not None
+    full.mid_norm.reset_running_stats()
+    full(x)
+    got, expected = module.mid_norm.running_var, full.mid_norm.running_var
+    assert got is not None and expected is not None and got.dtype == torch.float32
+    torch.testing.assert_close(got, expected, rtol=0.02, atol=0.001)

@@ -1,8 +1,8 @@
 """Everything behind the projection as one operator, `gsa::attend`, that keeps no logits for the backward pass.
 
 Kept are its input, the column output and that output's statistics; softmax, context, normed column output
-and logits are made again. The branches are summed where the last of them is made. Each device has its own
-pass of axial attention: blocks of images on a CPU, Triton kernels on CUDA.
+and logits are made again. The branches are summed where the last of them is made. A CPU goes through blocks of
+images, a CUDA device has Triton kernels.
 
 Letters: B batch   N heads   D, E channels a head   C = N*D   H, W map   P = H*W pixels
 """
@@ -12,11 +12,10 @@ from importlib.util import find_spec
 from typing import Any
 
 import torch
-from torch import Tensor, einsum
+from torch import Tensor
 from torch.utils.flop_counter import register_flop_formula
 
-from gsa_models import axial_cpu
-from gsa_models.branches import softmax_in_float32
+from gsa_models import axial_cpu, content_cpu
 
 
 def supports(q: Tensor) -> bool:
@@ -27,7 +26,7 @@ def supports(q: Tensor) -> bool:
     if torch.compiler.is_exporting():
         return False
     if q.device.type == "cuda":
-        return _has_triton() and q.dtype != torch.float64 and all(_axial(q).fits(t) for t in (q, q.mT))
+        return _has_triton() and q.dtype != torch.float64 and all(_kernels(q)[0].fits(t) for t in (q, q.mT))
     return q.device.type in ("cpu", "meta")
 
 
@@ -67,8 +66,8 @@ def attend(
     mean and biased variance (C,) that it was normed by.
     """
     q, k, v = _split(projected, heads, column if row is None else row)
-    axial = _axial(projected)
-    context = None if k is None else _content(k, v)[1]
+    axial, content = _kernels(projected)
+    context = None if k is None else content.content_forward(k, v)[0]
     if weight is None:
         turned, table = (True, column) if row is None else (False, row)
         out = axial.axial_forward(_turn(q, turned), _turn(v, turned), table, context=context)
@@ -106,8 +105,8 @@ def attend_backward(
     """The gradients of projected, column, row, weight and bias; empty for those that are None."""
     q, k, v = _split(projected, heads, column if row is None else row)
     g = torch.unflatten(grad, 1, (heads, -1))
-    axial = _axial(projected)
-    weights, context = (None, None) if k is None else _content(k, v)
+    axial, content = _kernels(projected)
+    context, weights = (None, None) if k is None else content.content_forward(k, v)
     d_projected = torch.empty_like(projected)
     dq, dk, dv = _split(d_projected, heads, column if row is None else row)
     d_column, d_row, d_weight, d_bias = (projected.new_empty(0) for _ in range(4))
@@ -134,18 +133,18 @@ def attend_backward(
         )  # fmt: skip
         dy = torch.unflatten(dy, 1, (heads, -1))
         d_column, _ = axial.axial_backward(dy.mT, q.mT, v.mT, column, dq=dq.mT, dv=dv.mT, add=True)
-    if dk is not None and weights is not None and context is not None:
-        _content_backward(d_context, v, weights, context, dk=dk, dv=dv)
+    if k is not None:
+        content.content_backward(d_context, k, v, context, weights, dk=dk, dv=dv)
     return d_projected, d_column, d_row, d_weight, d_bias
 
 
-def _axial(x: Tensor) -> Any:
-    """The module with `axial_forward` and `axial_backward` for x's device."""
+def _kernels(x: Tensor) -> tuple[Any, Any]:
+    """The modules for x's device: one with `axial_forward` and `axial_backward`, one with `content_...`."""
     if x.device.type == "cuda":
-        from gsa_models import axial_triton  # only now: it imports triton, which is not everywhere
+        from gsa_models import axial_triton, content_triton  # only now: triton is not everywhere
 
-        return axial_triton
-    return axial_cpu
+        return axial_triton, content_triton
+    return axial_cpu, content_cpu
 
 
 def _split(projected: Tensor, heads: int, table: Tensor | None) -> tuple[Tensor, Tensor | None, Tensor]:
@@ -157,22 +156,6 @@ def _split(projected: Tensor, heads: int, table: Tensor | None) -> tuple[Tensor,
 
 def _turn(x: Tensor, turned: bool) -> Tensor:
     return x.mT if turned else x
-
-
-def _content(k: Tensor, v: Tensor) -> tuple[Tensor, Tensor]:
-    """The softmax over the pixels (B, N, D, P), and the context it sums up, (B, N, D, E)."""
-    weights = softmax_in_float32(k.flatten(3), dim=-1).to(v.dtype)
-    return weights, einsum("bndp,bnep->bnde", weights, v.flatten(3))
-
-
-def _content_backward(
-    d_context: Tensor, v: Tensor, weights: Tensor, context: Tensor, *, dk: Tensor, dv: Tensor
-) -> None:
-    """Write the gradient of k into dk, and add that of v to dv, (B, N, D, H, W) each."""
-    dv.flatten(3).add_(einsum("bnde,bndp->bnep", d_context, weights))
-    d_weights = einsum("bnde,bnep->bndp", d_context, v.flatten(3))
-    mean = (d_context * context).sum(-1, keepdim=True)  # of d_weights over the pixels, by their weights
-    torch.mul(weights, d_weights.sub_(mean), out=dk.flatten(3))
 
 
 def _batch_statistics(y: Tensor) -> tuple[Tensor, Tensor]:

@@ -49,7 +49,7 @@ def probe(model: nn.Module, images: Tensor) -> dict[str, ModuleFacts]:
     seconds = dict.fromkeys(parts, 0.0)
 
     def note(name: str, _module: nn.Module, inputs: tuple[Tensor], _output: Tensor) -> None:
-        found[name] = _branch_facts(parts[name], inputs[0])
+        found[name] = branch_facts(parts[name], inputs[0])
 
     def add_time(name: str, sign: int, *_: object) -> None:
         seconds[name] += sign * _now(images.device)
@@ -90,7 +90,8 @@ def _undisturbed(model: nn.Module) -> Iterator[ExitStack]:
             module.training = training
 
 
-def _branch_facts(gsa: GlobalSelfAttention, x: Tensor) -> ModuleFacts:
+def branch_facts(gsa: GlobalSelfAttention, x: Tensor) -> ModuleFacts:
+    """The facts of one module for its input (B, dim, H, W), in the mode it is in; its time is unknown (nan)."""
     q, k, v = _query_key_value(gsa, x)
     content = entropy = None
     if k is not None:

@@ -13,6 +13,7 @@ import torch.distributed as dist
 from torch import nn
 from torch.nn.parallel import DistributedDataParallel
 
+from gsa_models import probe
 from pipeline import checkpoint, data, metrics, order
 from pipeline.config import Config, ConfigError
 from pipeline.evaluate import Evaluation, evaluate
@@ -118,7 +119,7 @@ class _Loop:
             " ".join(f"{key}={value:.6g}" for key, value in result.items()),
         )
         if self.place.rank == 0:
-            self._record(result)
+            self._record({**result, **self._probe()})
             self._save()
         return result
 
@@ -166,6 +167,13 @@ class _Loop:
 
     def _evaluate(self) -> Evaluation:
         return evaluate_split(self.state.model, self.config, self.val, self.place, self.loader_workers)
+
+    def _probe(self) -> dict[str, float]:
+        """What each GSA module does with the first val batch, if the config asks."""
+        if not self.config.probe:
+            return {}
+        batch = next(data.eval_loader(self.val, self.config, rank=0, world=1, workers=0))
+        return probe.metrics(probe.probe(self.state.model, data.to_device(batch.images, self.place.device)))
 
     def _record(self, values: dict[str, float]) -> None:
         metrics.append(

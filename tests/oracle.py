@@ -1,11 +1,16 @@
 """What tests of attention share: modules with nothing at its default, held against the definition."""
 
+import importlib.util
 from collections.abc import Callable
+from pathlib import Path
+from types import ModuleType
 from typing import Any
 
+import pytest
 import torch
 from torch import Tensor, nn
 
+import gsa_models
 from gsa_models.attention import GlobalSelfAttention, gsa_reference
 
 
@@ -49,3 +54,16 @@ def assert_equals_reference(module: GlobalSelfAttention, x: Tensor) -> None:
     got = output_and_gradients(module, x, module)
     for e, g in zip(expected, got, strict=True):
         torch.testing.assert_close(g, e, rtol=1e-10, atol=1e-10)
+
+
+def interpreted_kernels(name: str) -> ModuleType:
+    """A copy of a module of kernels that Triton's interpreter runs: `triton.jit` asks which, once, when applied."""
+    spec = importlib.util.spec_from_file_location(
+        f"interpreted_{name}", Path(gsa_models.__file__).with_name(f"{name}.py")
+    )
+    assert spec is not None and spec.loader is not None, "a .py file has a loader"
+    module = importlib.util.module_from_spec(spec)
+    with pytest.MonkeyPatch.context() as patch:  # and no longer: kernels for a GPU may be loaded next
+        patch.setenv("TRITON_INTERPRET", "1")
+        spec.loader.exec_module(module)
+    return module

@@ -1,17 +1,14 @@
 """The CUDA kernels of axial attention against plain attention: in Triton's interpreter, and on a GPU."""
 
-import importlib.util
 from dataclasses import dataclass
-from pathlib import Path
 from types import ModuleType
 from typing import Any
 
 import pytest
 import torch
-from oracle import output_and_gradients, random_input, random_module, relative_error
+from oracle import interpreted_kernels, output_and_gradients, random_input, random_module, relative_error
 from torch import Tensor, einsum
 
-import gsa_models
 from gsa_models import fused
 from gsa_models.attention import gsa_reference
 from gsa_models.branches import axial_attention
@@ -68,15 +65,7 @@ BOUNDS = {  # the longest lines that `fits` lets through
 
 @pytest.fixture(scope="module")
 def interpreted() -> ModuleType:
-    """A copy of the module whose kernels the interpreter runs: `triton.jit` asks which, once, when applied."""
-    path = Path(gsa_models.__file__).with_name("axial_triton.py")
-    spec = importlib.util.spec_from_file_location("axial_interpreted", path)
-    assert spec is not None and spec.loader is not None, "a .py file has a loader"
-    module = importlib.util.module_from_spec(spec)
-    with pytest.MonkeyPatch.context() as patch:  # and no longer: kernels for the GPU may be loaded next
-        patch.setenv("TRITON_INTERPRET", "1")
-        spec.loader.exec_module(module)
-    return module
+    return interpreted_kernels("axial_triton")
 
 
 def laid_out(case: Case, heads: int, dtype: torch.dtype, device: str, generator: torch.Generator) -> Tensor:
@@ -186,7 +175,7 @@ def test_a_module_on_these_kernels_equals_the_definition(
 ) -> None:
     module, x = random_module(map_size=(5, 4), heads=3, components=components), random_input(2, 12, 5, 4)
     want = output_and_gradients(module, x, lambda x: gsa_reference(module, x))
-    monkeypatch.setattr(fused, "_axial", lambda x: interpreted)
+    monkeypatch.setattr(fused, "_kernels", lambda x: (interpreted, interpreted_kernels("content_triton")))
     got = output_and_gradients(module.float(), x.float(), module)
     for g, w in zip(got, want, strict=True):
         assert relative_error(g.double(), w) < 1e-4

@@ -69,11 +69,14 @@ def probe(model: nn.Module, images: Tensor) -> dict[str, ModuleFacts]:
 
 
 def metrics(facts: dict[str, ModuleFacts]) -> dict[str, float]:
-    """Flatten facts for a tracker: `gsa/groups.0.0.spatial/key_entropy`, of `a-zA-Z0-9_./-`, without None."""
+    """Flatten facts for a tracker: `gsa/key_entropy/groups.0.0.spatial`, of `a-zA-Z0-9_./-`, without None."""
     flat: dict[str, float] = {}
     for module, its in facts.items():
-        prefix = f"gsa/{re.sub('[^a-zA-Z0-9_.-]', '_', module)}".rstrip("/")  # a lone module has no name
-        flat |= {f"{prefix}/{fact}": value for fact, value in asdict(its).items() if value is not None}
+        name = re.sub("[^a-zA-Z0-9_.-]", "_", module)
+        # The fact first: a tracker puts what stands before the last slash into one section of charts.
+        flat |= {
+            f"gsa/{f}/{name}".rstrip("/"): value for f, value in asdict(its).items() if value is not None
+        }
     return flat
 
 

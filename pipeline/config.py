@@ -98,7 +98,7 @@ class Config(Section):
     """What to compute. Where to compute it is `Resources`; the two never mix."""
 
     seed: Annotated[int, Field(ge=0, lt=2**63)] = 0
-    probe: bool = False  # record after each epoch what every GSA module does: gsa/MODULE/content_rms ...
+    probe: bool = False  # record after each epoch what every GSA module does: gsa/content_rms/MODULE ...
     model: ModelConfig = ModelConfig()
     data: DataConfig = DataConfig()
     optim: OptimConfig = OptimConfig()

@@ -201,7 +201,7 @@ def test_every_dtype_and_memory_format_gives_the_same_facts(dtype: torch.dtype) 
     model.to(dtype, memory_format=torch.channels_last)  # type: ignore[call-overload]
     got = metrics(probe(model, images(dtype=dtype).to(memory_format=torch.channels_last)))
     for name, value in expected.items():
-        if not name.endswith("time_share"):
+        if "time_share" not in name:
             assert got[name] == pytest.approx(value, rel=0.1 if dtype == torch.bfloat16 else 1e-4), name
 
 
@@ -211,7 +211,7 @@ def test_the_callers_autocast_is_probed() -> None:
     expected = metrics(probe(model, images()))
     with torch.autocast("cpu", torch.bfloat16):
         got = metrics(probe(model, images()))
-    rms_names = [name for name in expected if name.endswith("_rms")]
+    rms_names = [name for name in expected if "_rms" in name]
     assert [got[name] for name in rms_names] == pytest.approx([expected[name] for name in rms_names], rel=0.1)
     assert any(got[name] != expected[name] for name in rms_names)
 
@@ -229,12 +229,12 @@ def test_metrics_have_names_that_trackers_take() -> None:
     }
     got = metrics(facts)
     assert got == {
-        "gsa/groups.0.0/content_rms": 1.0,
-        "gsa/groups.0.0/positional_rms": 2.0,
-        "gsa/groups.0.0/key_entropy": 0.5,
-        "gsa/groups.0.0/time_share": 0.25,
-        "gsa/a_b__/positional_rms": 3.0,
-        "gsa/a_b__/time_share": 0.125,
+        "gsa/content_rms/groups.0.0": 1.0,
+        "gsa/positional_rms/groups.0.0": 2.0,
+        "gsa/key_entropy/groups.0.0": 0.5,
+        "gsa/time_share/groups.0.0": 0.25,
+        "gsa/positional_rms/a_b__": 3.0,
+        "gsa/time_share/a_b__": 0.125,
         "gsa/content_rms": 4.0,
         "gsa/key_entropy": 1.0,
         "gsa/time_share": 0.5,
@@ -248,6 +248,6 @@ def test_a_network_on_a_gpu_is_probed_there() -> None:
     model = tiny()
     expected = metrics(probe(model, images()))
     got = metrics(probe(model.cuda(), images().cuda()))
-    shares = [name for name in got if name.endswith("time_share")]
+    shares = [name for name in got if "time_share" in name]
     assert sum(got.pop(name) for name in shares) <= 1
     assert got == pytest.approx({name: expected[name] for name in got}, rel=0.02)

@@ -32,6 +32,7 @@ class GlobalSelfAttention(nn.Module):
     the batch norm between column and row is there only when both are.
     window: None for the whole map, or an odd number of pixels that column and row attention see.
     query_softmax: softmax over a head's query channels, in the content branch alone (an ablation; it loses).
+    Hooks on mid_norm are not called where an operator stands in for it: see fused.py.
 
     Raises ValueError for settings that cannot be, and for an input of another size than (dim, *map_size):
     the tables belong to one map size, and reading them on another would be a window that nobody asked for.
@@ -75,8 +76,8 @@ class GlobalSelfAttention(nn.Module):
         """Draw the initial values anew, so that both branches start at the same scale."""
         # Inputs come out of a ReLU, so their mean over pixels is 0.4 of their scale before it. That mean is
         # what content attention averages to, while n axial logits of random sign add up as sqrt(n): hence
-        # 0.4 / sqrt(n) for the tables; the N(0, 1) of gsa-pytorch drowns the content branch at the start.
-        # That it also trains better is not shown yet. The query takes the 1/sqrt(D) that the forward pass lacks.
+        # 0.4 / sqrt(n) for the tables; the N(0, 1) of gsa-pytorch drowns the content branch at the start. The
+        # query takes the 1/sqrt(D) that the forward pass lacks. Measured by tests/benchmarks/bench_init.py.
         nn.init.normal_(self.qkv.weight, std=self.dim**-0.5)
         with torch.no_grad():
             self.qkv.weight[: self.dim].mul_((self.dim // self.heads) ** -0.5)
@@ -89,8 +90,7 @@ class GlobalSelfAttention(nn.Module):
     def forward(self, x: Tensor) -> Tensor:
         self._check_input(x)
         projected = self.qkv(x)  # (B, 3 * dim, H, W)
-        # The operator knows the plain batch norm alone: a SyncBatchNorm, say, has statistics of its own.
-        plain_norm = self.mid_norm is None or type(self.mid_norm) is nn.BatchNorm2d
+        plain_norm = self.mid_norm is None or _is_plain(self.mid_norm)
         has_table = self.column_table is not None or self.row_table is not None
         q, *key, v = torch.unflatten(projected, 1, (-1, self.heads, self.dim // self.heads)).unbind(1)
         if plain_norm and has_table and not self.query_softmax and fused.supports(q):
@@ -143,7 +143,15 @@ class GlobalSelfAttention(nn.Module):
 
     def extra_repr(self) -> str:
         names = "+".join(self.components)
-        return f"{self.dim}, map_size={self.map_size}, heads={self.heads}, {names}, window={self.window}"
+        settings = f"heads={self.heads}, {names}, window={self.window}, query_softmax={self.query_softmax}"
+        return f"{self.dim}, map_size={self.map_size}, {settings}"
+
+
+def _is_plain(norm: nn.BatchNorm2d) -> bool:
+    """Whether the operator can stand in for it: a SyncBatchNorm, say, has statistics of its own."""
+    # momentum is None while `update_bn` of torch.optim.swa_utils collects statistics anew.
+    parts = (norm.weight, norm.bias, norm.running_mean, norm.momentum)
+    return type(norm) is nn.BatchNorm2d and norm.track_running_stats and all(p is not None for p in parts)
 
 
 def _track(norm: nn.BatchNorm2d, mean: Tensor, variance: Tensor, *, count: int) -> None:
@@ -181,7 +189,9 @@ def ordered_components(names: Sequence[str]) -> tuple[str, ...]:
 def _check_sizes(dim: int, map_size: tuple[int, int], heads: int) -> None:
     if min(map_size) < 1:
         raise ValueError(f"map_size must be (H, W) of at least 1 pixel each, got {map_size}")
-    if heads < 1 or dim < 1 or dim % heads:
+    if dim < 1:
+        raise ValueError(f"dim must be at least 1 channel, got {dim}")
+    if heads < 1 or dim % heads:
         right = ", ".join(str(n) for n in range(1, dim + 1) if dim % n == 0)
         raise ValueError(f"dim {dim} is not divisible by {heads} heads; heads of {right} would be right")
 

@@ -102,7 +102,7 @@ def _lines(x: Tensor, affine: Affine | None = None) -> Tensor:
     if affine is not None:
         scale, shift = (vector.view(x.shape[1], 1, 1, x.shape[2]) for vector in affine)
         rows = torch.addcmul(shift, rows, scale, out=x.new_empty(rows.shape))
-    return rows.reshape(-1, x.shape[4], x.shape[2])
+    return rows.reshape(-1, x.shape[4], x.shape[2]).contiguous()
 
 
 def _as_rows(lines: Tensor, like: Tensor) -> Tensor:

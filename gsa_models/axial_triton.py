@@ -202,7 +202,7 @@ def _expect(name: str, tensor: Tensor, shape: tuple[int, ...], dtype: torch.dtyp
         )
 
 
-@triton.jit
+@triton.jit(do_not_specialize=["B"])  # else each kind of batch size is another kernel
 def _forward(
     q_ptr, v_ptr, table_ptr, scale_ptr, shift_ptr, context_ptr, y_ptr, B,
     Q: tl.constexpr, V: tl.constexpr, TABLE: tl.constexpr, CONTEXT: tl.constexpr, Y: tl.constexpr,  # strides
@@ -229,7 +229,7 @@ def _forward(
         _store(y_ptr, Y, b, n, r[:, None, None], x[None, :, None], d[None, None, :], R, X, D, y)
 
 
-@triton.jit
+@triton.jit(do_not_specialize=["B"])  # else each kind of batch size is another kernel
 def _backward_queries(
     grad_ptr, q_ptr, v_ptr, table_ptr, scale_ptr, shift_ptr, context_ptr,
     dq_ptr, dtables_ptr, dcontexts_ptr, B,
@@ -269,8 +269,9 @@ def _backward_queries(
             known = (d < end)[:, None] & (d < end)[None, :]
             tl.store(dcontexts_ptr + part + d[:, None] * D + d[None, :], dcontext, mask=known)
         if ADD:
-            held = _load(dq_ptr, DQ, b, n, r[None, :, None], x[:, None, None], d[None, None, :], R, X, D)
-            dq += held.to(tl.float32)
+            held = _load(dq_ptr, DQ, b, n, r[:, None, None], x[None, :, None], d[None, None, :], R, X, D)
+            # Added in another order, or the compiler takes it for a start of the product, and float32 spills.
+            dq = tl.permute(tl.permute(dq, (1, 0, 2)) + held.to(tl.float32), (1, 0, 2))
         _store(dq_ptr, DQ, b, n, r[None, :, None], x[:, None, None], d[None, None, :], R, X, D, dq)
     part = (tl.program_id(2) * tl.num_programs(0) + n) * X * X * D
     known = (x < X)[:, None, None] & (i < X)[None, :, None] & (d < D)[None, None, :]
@@ -278,7 +279,7 @@ def _backward_queries(
     tl.store(dtables_ptr + part + place, dtable, mask=known)
 
 
-@triton.jit
+@triton.jit(do_not_specialize=["B"])  # else each kind of batch size is another kernel
 def _backward_keys(
     grad_ptr, q_ptr, table_ptr, dv_ptr, B,
     GRAD: tl.constexpr, Q: tl.constexpr, TABLE: tl.constexpr, DV: tl.constexpr,  # strides

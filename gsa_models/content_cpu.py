@@ -21,8 +21,8 @@ def content_forward(k: Tensor, v: Tensor) -> tuple[Tensor, Tensor]:
 def content_backward(
     d_context: Tensor, k: Tensor, v: Tensor, context: Tensor, weights: Tensor, *, dk: Tensor, dv: Tensor
 ) -> None:
-    """Write the gradient of k into dk and add that of v to dv, (B, N, D, H, W) each."""
-    dv.flatten(3).add_(einsum("bnde,bndp->bnep", d_context, weights))
+    """Write the gradient of k into dk and add that of v to dv, (B, N, D, H, W) each, of any strides."""
+    dv.add_(einsum("bnde,bndp->bnep", d_context, weights).view(dv.shape))
     d_weights = einsum("bnde,bnep->bndp", d_context, v.flatten(3))
     mean = (d_context * context).sum(-1, keepdim=True)  # of d_weights over the pixels, by their weights
-    torch.mul(weights, d_weights.sub_(mean), out=dk.flatten(3))
+    torch.mul(weights.view(dk.shape), d_weights.sub_(mean).view(dk.shape), out=dk)

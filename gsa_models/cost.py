@@ -53,6 +53,7 @@ class Cost:
         return sum(stage.activation_bytes for stage in self.stages)
 
 
+@torch.inference_mode(False)  # below it nothing would be kept
 def model_cost(model: ResNet, image_size: int) -> Cost:
     """Count parameters, FLOPs and activation memory for images of image_size x image_size.
 

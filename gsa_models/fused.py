@@ -7,32 +7,33 @@ images, a CUDA device has Triton kernels.
 Letters: B batch   N heads   D, E channels a head   C = N*D   H, W map   P = H*W pixels
 """
 
-from functools import cache
 from importlib.util import find_spec
 from typing import Any
 
 import torch
 from torch import Tensor
+from torch.autograd import forward_ad
 from torch.utils.flop_counter import register_flop_formula
 
 from gsa_models import axial_cpu, content_cpu
+
+_HAS_TRITON = find_spec("triton") is not None  # here, where torch.compile does not trace it
 
 
 def supports(q: Tensor) -> bool:
     """Whether the operator can take queries (B, N, D, H, W): their device has a pass for such lines.
 
     Never where a graph is exported: that holds PyTorch's own operators alone, to be read without this package.
+    Never below torch.func or forward-mode AD: of an operator they make an error, or a tangent of zeros.
+    Nor can it take no images: the native batch norm that it uses divides by their number.
     """
-    if torch.compiler.is_exporting():
+    if torch.compiler.is_exporting() or q.numel() == 0:
+        return False
+    if torch._C._are_functorch_transforms_active() or forward_ad._current_level >= 0:
         return False
     if q.device.type == "cuda":
-        return _has_triton() and q.dtype != torch.float64 and all(_kernels(q)[0].fits(t) for t in (q, q.mT))
+        return _HAS_TRITON and q.dtype != torch.float64 and all(_kernels(q)[0].fits(t) for t in (q, q.mT))
     return q.device.type in ("cpu", "meta")
-
-
-@cache
-def _has_triton() -> bool:
-    return find_spec("triton") is not None
 
 
 def axial_attention(q: Tensor, v: Tensor, table: Tensor) -> Tensor:
@@ -77,14 +78,17 @@ def attend(
             projected.new_empty(0),
             projected.new_empty(0),
         )
-    y = axial.axial_forward(q.mT, v.mT, column).mT  # (B, N, D, H, W)
+    y = _image(axial.axial_forward(q.mT, v.mT, column).mT)  # (B, C, H, W)
     if mean is None or variance is None:
-        mean, variance = _batch_statistics(y.flatten(1, 2))
+        mean, variance = _batch_statistics(y)
     else:
-        mean, variance = mean.clone(), variance.clone()  # an operator may not return what it was given
+        # In float32 at least, whatever the norm's; copies, for an operator may not return what it was given.
+        exact = torch.promote_types(y.dtype, torch.float32)
+        mean, variance = mean.to(exact, copy=True), variance.to(exact, copy=True)
     affine = _affine(weight, bias, mean, variance, epsilon)
-    out = axial.axial_forward(q, y, row, affine=affine, context=context)
-    return out.flatten(1, 2), y.flatten(1, 2), mean, variance
+    y_heads = torch.unflatten(y, 1, (heads, -1))
+    out = _image(axial.axial_forward(q, y_heads, row, affine=affine, context=context))
+    return out, y, mean, variance
 
 
 @torch.library.custom_op("gsa::attend_backward", mutates_args=())
@@ -128,9 +132,10 @@ def attend_backward(
             g, q, y_heads, row, dq=dq, dv=d_normed, affine=affine, context=context
         )
         dy, d_weight, d_bias = torch.ops.aten.native_batch_norm_backward(
-            d_normed.flatten(1, 2), y, weight, mean, variance, mean, (variance + epsilon).rsqrt(),
+            d_normed.flatten(1, 2), y, weight.to(mean.dtype), mean, variance, mean, (variance + epsilon).rsqrt(),
             batch_statistics, epsilon, [True, True, True],
         )  # fmt: skip
+        d_weight, d_bias = d_weight.to(weight.dtype), d_bias.to(weight.dtype)
         dy = torch.unflatten(dy, 1, (heads, -1))
         d_column, _ = axial.axial_backward(dy.mT, q.mT, v.mT, column, dq=dq.mT, dv=dv.mT, add=True)
     if k is not None:
@@ -152,6 +157,16 @@ def _split(projected: Tensor, heads: int, table: Tensor | None) -> tuple[Tensor,
     assert table is not None, "a positional branch has a table"
     parts = torch.unflatten(projected, 1, (-1, heads, table.shape[1])).unbind(1)
     return parts[0], parts[1] if len(parts) == 3 else None, parts[-1]
+
+
+def _image(x: Tensor) -> Tensor:
+    """(B, N, D, H, W) -> (B, C, H, W), a view."""
+    x = x.flatten(1, 2)
+    if len(x) > 1:
+        return x
+    # What is like a chunk has any stride from image to image if there is but one image; by that stride CUDA's
+    # batch norm takes channels_last for NCHW, and puts gradients in the wrong places.
+    return x.as_strided(x.shape, (x.numel(), *x.stride()[1:]))
 
 
 def _turn(x: Tensor, turned: bool) -> Tensor:
@@ -239,7 +254,14 @@ def _backward(ctx: Any, grad: Tensor | None, *_: None) -> tuple[Tensor | None, .
     return d_projected, *present, None, None, None, None
 
 
+def _refuse_second_derivative(_: Any, *__: Any) -> None:
+    raise RuntimeError(
+        "gsa::attend has a first derivative alone; take second ones with torch.func, which goes by plain PyTorch"
+    )
+
+
 torch.library.register_autograd("gsa::attend", _backward, setup_context=_keep_for_backward)
+torch.library.register_autograd("gsa::attend_backward", _refuse_second_derivative)
 
 
 @register_flop_formula(torch.ops.gsa.attend)

@@ -128,6 +128,14 @@ def test_activation_memory_is_that_of_a_real_training_pass(
     assert 4 * model_cost(model, side).activation_bytes == six - two
 
 
+def test_activation_memory_does_not_depend_on_the_mode_of_the_caller() -> None:
+    model = create_model("gsa_resnet_tiny", image_size=32)
+    expected = model_cost(model, 32)
+    for mode in (torch.no_grad(), torch.inference_mode()):
+        with mode:
+            assert model_cost(model, 32) == expected
+
+
 def test_activation_memory_of_a_stage_is_what_its_layers_need() -> None:
     """By hand: a convolution keeps its input, a batch norm its input, a ReLU its output; a stage once each."""
     model = create_model("resnet_tiny", image_size=32, num_classes=10)

@@ -5,8 +5,16 @@ from typing import Any
 
 import pytest
 import torch
-from oracle import assert_equals_reference, norm_of, random_input, random_module, relative_error
+from oracle import (
+    assert_equals_reference,
+    norm_of,
+    output_and_gradients,
+    random_input,
+    random_module,
+    relative_error,
+)
 from torch import Tensor, nn
+from torch.autograd import forward_ad
 from torch.library import opcheck
 from torch.utils.flop_counter import FlopCounterMode
 
@@ -32,8 +40,11 @@ def path(request: pytest.FixtureRequest, monkeypatch: pytest.MonkeyPatch) -> Ite
 
 @pytest.mark.parametrize("training", [True, False], ids=["train", "eval"])
 @pytest.mark.parametrize("components", AXES, ids="+".join)
-def test_every_path_equals_the_definition(path: str, components: tuple[str, ...], training: bool) -> None:
-    module = random_module(map_size=(5, 4), heads=3, components=components)
+@pytest.mark.parametrize("heads", [1, 3])
+def test_every_path_equals_the_definition(
+    path: str, heads: int, components: tuple[str, ...], training: bool
+) -> None:
+    module = random_module(map_size=(5, 4), heads=heads, components=components)
     if path == "another norm" and module.mid_norm is not None:
         norm = OtherNorm(12).double()
         norm.load_state_dict(module.mid_norm.state_dict())
@@ -50,6 +61,35 @@ def test_paths_leave_the_same_running_statistics(monkeypatch: pytest.MonkeyPatch
     for _ in range(3):
         plain(x)
     torch.testing.assert_close(ours.state_dict(), plain.state_dict(), rtol=1e-12, atol=1e-12)
+
+
+@pytest.mark.parametrize(
+    "norm",
+    [{"momentum": None}, {"affine": False}, {"track_running_stats": False}, {"momentum": 0.5}],
+    ids=str,
+)
+@pytest.mark.parametrize("training", [True, False], ids=["train", "eval"])
+def test_any_batch_norm_may_stand_in_the_middle(
+    norm: dict[str, Any], training: bool, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """`update_bn` of torch.optim.swa_utils, for one, takes away the momentum."""
+    ours, plain = (random_module(map_size=(5, 4), heads=3) for _ in range(2))
+    x, results = random_input(3, 12, 5, 4), []
+    for module, supports in ((ours, fused.supports), (plain, lambda x: False)):
+        monkeypatch.setattr(fused, "supports", supports)
+        module.mid_norm = nn.BatchNorm2d(12, **norm).double()
+        module.train()(x)
+        results.append(output_and_gradients(module, x, module.train(training)))
+    torch.testing.assert_close(*results)
+    torch.testing.assert_close(ours.state_dict(), plain.state_dict())
+
+
+@pytest.mark.parametrize("training", [True, False], ids=["train", "eval"])
+def test_no_images_give_no_output_and_gradients_of_zero(training: bool) -> None:
+    module = random_module(map_size=(5, 4), heads=3).train(training)
+    y, *gradients = output_and_gradients(module, torch.zeros(0, 12, 5, 4, dtype=torch.float64), module)
+    assert y.shape == (0, 12, 5, 4)
+    assert not any(gradient.any() for gradient in gradients)
 
 
 def test_one_value_a_channel_is_refused_in_training_as_by_any_batch_norm() -> None:
@@ -70,6 +110,34 @@ def test_an_evaluation_can_be_differentiated_after_the_statistics_changed() -> N
     running.mul_(2)
     (got,) = torch.autograd.grad(y, x)
     torch.testing.assert_close(got, expected)
+
+
+# Derivatives that the operator does not have.
+
+
+@pytest.mark.filterwarnings("ignore:`torch.jit:DeprecationWarning")  # torch.func's own
+def test_torch_func_goes_by_plain_pytorch() -> None:
+    module, x, step = random_module(map_size=(4, 3), heads=3).eval(), *random_input(2, 2, 12, 4, 3)
+    _, tangent = torch.func.jvp(module, (x,), (step,))
+    (gradient,) = torch.func.vjp(module, x)[1](tangent)
+    torch.testing.assert_close((gradient * step).sum(), tangent.square().sum())
+    torch.testing.assert_close(tangent, (module(x + 1e-5 * step) - module(x - 1e-5 * step)) / 2e-5)
+    torch.testing.assert_close(torch.func.vmap(lambda image: module(image[None])[0])(x), module(x))
+    with torch.no_grad(), forward_ad.dual_level():
+        dual = forward_ad.unpack_dual(module(forward_ad.make_dual(x, step)))
+    torch.testing.assert_close(dual.tangent, tangent)
+
+
+def test_a_second_derivative_is_refused_and_torch_func_has_it() -> None:
+    module, x = random_module(map_size=(2, 2), heads=3).eval(), random_input(1, 12, 2, 2).requires_grad_()
+    (gradient,) = torch.autograd.grad(module(x).square().sum(), x, create_graph=True)
+    with pytest.raises(RuntimeError, match=r"a first derivative alone; take second ones with torch\.func"):
+        gradient.sum().backward()
+    first = torch.func.grad(lambda x: module(x).square().sum())
+    torch.testing.assert_close(first(x), gradient)
+    by_step = (first(x.detach() + 1e-5) - first(x.detach() - 1e-5)) / 2e-5
+    second = torch.func.grad(lambda x: first(x).sum())(x.detach())
+    torch.testing.assert_close(second, by_step, rtol=1e-5, atol=1e-3)
 
 
 # Memory.
@@ -109,11 +177,32 @@ def test_the_output_has_the_memory_format_of_the_input(memory_format: torch.memo
     assert gradient.is_contiguous(memory_format=memory_format)
 
 
+@pytest.mark.parametrize("images", [1, 2])
+@pytest.mark.parametrize("memory_format", [torch.contiguous_format, torch.channels_last], ids=str)
+def test_strides_are_those_of_a_fresh_image(memory_format: torch.memory_format, images: int) -> None:
+    """Also of one image alone, where PyTorch's own checks of the memory format accept what its kernels do not."""
+    projected = torch.randn(images, 18, 4, 3).contiguous(memory_format=memory_format)
+    tables, vector = (torch.randn(7, 3), torch.randn(5, 3)), torch.ones(6)
+    out, y, *_ = fused.attend(projected, *tables, vector, vector, None, None, 2, 1e-5)
+    fresh = torch.empty(images, 6, 4, 3, memory_format=memory_format)
+    assert out.stride() == y.stride() == fresh.stride()
+
+
+def test_gradients_do_not_depend_on_strides() -> None:
+    """Where a map lies in memory by columns, its pixels cannot be viewed as one axis."""
+    projected, row = random_input(2, 18, 4, 3), random_input(5, 3).requires_grad_()
+    results = []
+    for x in (projected, projected.mT.contiguous().mT):
+        y = fused.attend(x.requires_grad_(), None, row, None, None, None, None, 2, 0.0)[0]
+        results.append([y, *torch.autograd.grad(y.square().sum(), [x, row])])
+    torch.testing.assert_close(*results)
+
+
 # What PyTorch has to know.
 
 
 @pytest.mark.parametrize("channels_last", [False, True])
-@pytest.mark.parametrize("case", ["train", "eval", "no content", "row", "column"])
+@pytest.mark.parametrize("case", ["train", "eval", "bfloat16", "no content", "row", "column"])
 def test_pytorch_accepts_the_operator(case: str, channels_last: bool) -> None:
     """Schema, shapes and strides without data, autograd, and the traced backward pass, all by `opcheck`."""
     heads, dim, height, width = 2, 6, 4, 3
@@ -122,11 +211,14 @@ def test_pytorch_accepts_the_operator(case: str, channels_last: bool) -> None:
     x = x.contiguous(memory_format=torch.channels_last) if channels_last else x
     column, row = (torch.randn(2 * n - 1, dim // heads, requires_grad=True) for n in (height, width))
     weight, bias = torch.rand(dim, requires_grad=True), torch.rand(dim, requires_grad=True)
-    statistics = (torch.rand(dim), torch.rand(dim)) if case == "eval" else (None, None)
-    arguments: tuple[Any, ...] = (column, row, weight, bias, *statistics, heads, 1e-5)
+    statistics = (torch.rand(dim), torch.rand(dim)) if case in ("eval", "bfloat16") else (None, None)
+    tensors: tuple[Any, ...] = (x, column, row, weight, bias, *statistics)
+    if case == "bfloat16":
+        tensors = tuple(t if t is None else t.detach().bfloat16().requires_grad_() for t in tensors)
+    x, arguments = tensors[0], [*tensors[1:], heads, 1e-5]
     if case in ("row", "column"):
         tables = (None, row) if case == "row" else (column, None)
-        arguments = (*tables, None, None, None, None, heads, 1e-5)
+        arguments = [*tables, None, None, None, None, heads, 1e-5]
     opcheck(fused.attend, (x.requires_grad_(), *arguments))
 
 
@@ -173,17 +265,22 @@ def test_autocast_gradients_are_close_to_float32(dtype: torch.dtype, limit: floa
         assert relative_error(low, full) < limit
 
 
+@pytest.mark.parametrize("training", [True, False], ids=["train", "eval"])
+@pytest.mark.parametrize(("dtype", "limit"), [(torch.bfloat16, 0.03), (torch.float16, 0.005)], ids=str)
+def test_weights_of_low_precision_train(dtype: torch.dtype, limit: float, training: bool) -> None:
+    torch.manual_seed(0)
+    module, x = GlobalSelfAttention(32, map_size=(14, 14)).train(training), torch.randn(8, 32, 14, 14).relu()
+    full = output_and_gradients(module, x, module)
+    low = output_and_gradients(module.to(dtype), x.to(dtype), module)
+    for got, expected in zip(low, full, strict=True):
+        assert got.dtype == dtype
+        assert relative_error(got.float(), expected) < limit
+
+
 def test_statistics_are_summed_up_in_float32() -> None:
-    module = GlobalSelfAttention(16, map_size=(56, 56)).bfloat16()
-    assert module.mid_norm is not None
-    module.mid_norm.float()
-    x = torch.randn(4, 16, 56, 56).relu()
-    module(x.bfloat16())
-    full = GlobalSelfAttention(16, map_size=(56, 56))
-    full.load_state_dict({k: v.float() for k, v in module.state_dict().items()}, strict=True)
-    assert full.mid_norm is not None
-    full.mid_norm.reset_running_stats()
-    full(x)
-    got, expected = module.mid_norm.running_var, full.mid_norm.running_var
-    assert got is not None and expected is not None and got.dtype == torch.float32
-    torch.testing.assert_close(got, expected, rtol=0.02, atol=0.001)
+    projected, table = torch.randn(4, 16, 56, 56).bfloat16(), torch.randn(111, 8).bfloat16()
+    weight, bias = torch.ones(8), torch.zeros(8)
+    _, y, *got = fused.attend(projected, table, table, weight, bias, None, None, 1, 1e-5)
+    assert y.dtype == torch.bfloat16
+    expected = torch.var_mean(y.double(), dim=(0, 2, 3), correction=0)
+    torch.testing.assert_close(got, [t.float() for t in reversed(expected)], rtol=1e-4, atol=1e-4)

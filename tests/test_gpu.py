@@ -6,12 +6,12 @@ from pathlib import Path
 import pytest
 import torch
 import torch.distributed as dist
-from oracle import relative_error
+from oracle import output_and_gradients, random_input, random_module, relative_error
 from torch import Tensor, nn
 from torch.nn.functional import cross_entropy
 
 from gsa_models import create_model, fused
-from gsa_models.attention import GlobalSelfAttention
+from gsa_models.attention import GlobalSelfAttention, gsa_reference
 
 pytestmark = pytest.mark.gpu
 
@@ -70,6 +70,26 @@ def test_autocast_is_close_to_float32(dtype: torch.dtype) -> None:
         low = module(x)
     assert low.dtype == dtype
     assert relative_error(low.float(), full) < 0.03
+
+
+@pytest.mark.parametrize("training", [True, False], ids=["train", "eval"])
+@pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16, torch.float16], ids=str)
+@pytest.mark.parametrize("memory_format", [torch.contiguous_format, torch.channels_last], ids=str)
+@pytest.mark.parametrize("images", [1, 3])
+def test_a_module_trains_as_on_a_cpu(
+    images: int, memory_format: torch.memory_format, dtype: torch.dtype, training: bool
+) -> None:
+    """Weights of any precision too; and one image, whose strides leave its memory format open."""
+    module = random_module(24, map_size=(6, 5), heads=3).train(training)
+    x = random_input(images, 24, 6, 5).contiguous(memory_format=memory_format)
+    with torch.no_grad():
+        module.qkv.weight.mul_(0.2)  # else values of thousands
+    want = output_and_gradients(module, x, lambda x: gsa_reference(module, x))
+    module = module.to("cuda", dtype)
+    got = output_and_gradients(module, x.to("cuda", dtype), module)
+    limit = {torch.float32: 1e-4, torch.bfloat16: 0.05, torch.float16: 0.01}[dtype]
+    for g, w in zip(got, want, strict=True):
+        assert relative_error(g.cpu().double(), w) < limit
 
 
 @pytest.mark.filterwarnings("ignore:`torch.jit:DeprecationWarning")  # inductor's own imports

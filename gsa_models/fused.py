@@ -72,12 +72,8 @@ def attend(
     if weight is None:
         turned, table = (True, column) if row is None else (False, row)
         out = axial.axial_forward(_turn(q, turned), _turn(v, turned), table, context=context)
-        return (
-            _turn(out, turned).flatten(1, 2),
-            projected.new_empty(0),
-            projected.new_empty(0),
-            projected.new_empty(0),
-        )
+        nothing = projected.new_empty(0), projected.new_empty(0), projected.new_empty(0)
+        return _image(_turn(out, turned)), *nothing
     y = _image(axial.axial_forward(q.mT, v.mT, column).mT)  # (B, C, H, W)
     if mean is None or variance is None:
         mean, variance = _batch_statistics(y)

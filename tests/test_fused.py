@@ -185,7 +185,8 @@ def test_strides_are_those_of_a_fresh_image(memory_format: torch.memory_format, 
     tables, vector = (torch.randn(7, 3), torch.randn(5, 3)), torch.ones(6)
     out, y, *_ = fused.attend(projected, *tables, vector, vector, None, None, 2, 1e-5)
     fresh = torch.empty(images, 6, 4, 3, memory_format=memory_format)
-    assert out.stride() == y.stride() == fresh.stride()
+    column_alone = fused.attend(projected, tables[0], None, None, None, None, None, 2, 0.0)[0]
+    assert out.stride() == y.stride() == column_alone.stride() == fresh.stride()
 
 
 def test_gradients_do_not_depend_on_strides() -> None:

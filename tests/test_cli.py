@@ -202,7 +202,12 @@ def start(words: list[str], out: Path) -> subprocess.Popen[str]:
     command = [sys.executable, "-m", "pipeline.cli", *words, "--out", str(out)]
     environment = {k: v for k, v in os.environ.items() if not k.startswith("RAY_")}
     pipe = subprocess.PIPE
-    return subprocess.Popen(command, env=environment, stdout=pipe, stderr=pipe, text=True)
+    # What a shell starts in the background ignores SIGINT, and so would the child that is interrupted here.
+    before = signal.signal(signal.SIGINT, signal.default_int_handler)
+    try:
+        return subprocess.Popen(command, env=environment, stdout=pipe, stderr=pipe, text=True)
+    finally:
+        signal.signal(signal.SIGINT, before)
 
 
 def test_the_demo_is_interrupted_continued_and_reused(tmp_path: Path, gsa) -> None:

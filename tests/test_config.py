@@ -223,8 +223,8 @@ OPTIM_FIELDS = (
     ("text", "message"),
     [
         ("optim.lrr=1", f"optim.lrr is unknown; did you mean optim.lr? ({OPTIM_FIELDS})"),
-        ("modle.name=x", "modle is unknown; did you mean model? (fields: seed, model, data, optim)"),
-        ("zzz=1", "zzz is unknown (fields: seed, model, data, optim)"),
+        ("modle.name=x", "modle is unknown; did you mean model? (fields: seed, probe, model, data, optim)"),
+        ("zzz=1", "zzz is unknown (fields: seed, probe, model, data, optim)"),
         ("optim..lr=3", f"optim. is unknown ({OPTIM_FIELDS})"),
         ("optim.lr='0.1'", "optim.lr: expected a valid number, got '0.1'"),
         ("optim.lr=", "optim.lr: expected a valid number, got None"),
@@ -326,6 +326,7 @@ def test_a_name_reaches_no_path_and_no_shell(name: str) -> None:
 
 CHANGED = {
     "seed": 1,
+    "probe": "true",
     "model.name": "resnet50",
     "model.stem": "small",
     "model.placement": "cggg",

@@ -92,10 +92,17 @@ class GlobalSelfAttention(nn.Module):
         projected = self.qkv(x)  # (B, 3 * dim, H, W)
         plain_norm = self.mid_norm is None or _is_plain(self.mid_norm)
         has_table = self.column_table is not None or self.row_table is not None
-        q, *key, v = torch.unflatten(projected, 1, (-1, self.heads, self.dim // self.heads)).unbind(1)
+        q, k, v = self.split(projected)
         if plain_norm and has_table and not self.query_softmax and fused.supports(q):
             return self._fused(projected)
-        return self._composed(q, key[0] if key else None, v)
+        content, positional = self.branches(q, k, v)
+        both = [branch for branch in (content, positional) if branch is not None]
+        return sum(both[1:], both[0]).flatten(1, 2)  # (B, dim, H, W)
+
+    def split(self, projected: Tensor) -> tuple[Tensor, Tensor | None, Tensor]:
+        """Query, key or None, and value, (B, N, D, H, W) each, of what `qkv` puts out."""
+        q, *key, v = torch.unflatten(projected, 1, (-1, self.heads, self.dim // self.heads)).unbind(1)
+        return q, key[0] if key else None, v
 
     def _fused(self, projected: Tensor) -> Tensor:
         norm = self.mid_norm
@@ -113,15 +120,19 @@ class GlobalSelfAttention(nn.Module):
             _track(norm, mean, variance, count=out.numel() // self.dim)
         return out
 
-    def _composed(self, q: Tensor, k: Tensor | None, v: Tensor) -> Tensor:
-        """The same of plain parts: where a graph is exported, for other norms and for a query softmax."""
-        branches = []
+    def branches(self, q: Tensor, k: Tensor | None, v: Tensor) -> tuple[Tensor | None, Tensor | None]:
+        """Content and positional branch, (B, N, D, H, W) each, or None for one that is not there.
+
+        The forward pass is their sum. It takes them one by one where a graph is exported, for other norms than
+        the plain one, and for a query softmax.
+        """
+        content = positional = None
         if k is not None:
             content_q = softmax_in_float32(q, dim=2).to(q.dtype) if self.query_softmax else q
-            branches.append(content_attention(content_q, k, v))
+            content = content_attention(content_q, k, v)
         if self.column_table is not None or self.row_table is not None:
-            branches.append(self._positional(q, v))
-        return sum(branches[1:], branches[0]).flatten(1, 2)  # (B, dim, H, W)
+            positional = self._positional(q, v)
+        return content, positional
 
     def _positional(self, q: Tensor, v: Tensor) -> Tensor:
         """Column attention, batch norm, row attention, all with the same query; (B, N, D, H, W)."""

@@ -2,7 +2,7 @@
 
 Paper: Shen, Bello, Vemulapalli, Jia, Chen, "Global Self-Attention Networks for Image Recognition",
 arXiv 2010.03019, Appendix B (equations 5 to 8).
-Status: equal to `axial_attention` up to rounding in Triton's interpreter; compiled for Hopper, not yet run there.
+Status: equal to `axial_attention` up to rounding in Triton's interpreter; not yet run on a GPU.
 It imports Triton, which takes a quarter of a second and which CPU builds of torch lack: import it on first
 use with CUDA.
 

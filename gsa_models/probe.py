@@ -16,7 +16,7 @@ import torch
 from torch import Tensor, nn
 
 from gsa_models.attention import GlobalSelfAttention
-from gsa_models.branches import axial_attention, content_attention, softmax_in_float32
+from gsa_models.branches import softmax_in_float32
 
 
 @dataclass(frozen=True)
@@ -39,7 +39,7 @@ def probe(model: nn.Module, images: Tensor) -> dict[str, ModuleFacts]:
     """Measure every GSA module that takes part in `model(images)`, by its name in `model.named_modules()`.
 
     images: as the model takes them, on its device; autocast is the caller's. Two passes in eval mode, that is
-    with the running statistics, and uncompiled: one for the branches, computed once more in plain PyTorch from
+    with the running statistics, and uncompiled: one for the branches, computed once more, one by one, from
     each module's input, then one for the time alone, warmed up by the first. Weights, statistics, modes and
     hooks are as before, also after an error. A module called twice has its last branches and all its time.
     A network without GSA modules has no facts. Raises what the model raises for such images.
@@ -95,25 +95,14 @@ def _undisturbed(model: nn.Module) -> Iterator[ExitStack]:
 
 def branch_facts(gsa: GlobalSelfAttention, x: Tensor) -> ModuleFacts:
     """The facts of one module for its input (B, dim, H, W), in the mode it is in; its time is unknown (nan)."""
-    q, k, v = _query_key_value(gsa, x)
-    content = entropy = None
-    if k is not None:
-        content_q = softmax_in_float32(q, dim=2).to(q.dtype) if gsa.query_softmax else q
-        content, entropy = _rms(content_attention(content_q, k, v)), _key_entropy(k)
-    y = v
-    if gsa.column_table is not None:
-        y = axial_attention(q.mT, y.mT, gsa.column_table.to(q.dtype)).mT
-    if gsa.mid_norm is not None:
-        y = gsa.mid_norm(y.flatten(1, 2)).unflatten(1, (gsa.heads, -1))
-    if gsa.row_table is not None:
-        y = axial_attention(q, y, gsa.row_table.to(q.dtype))
-    return ModuleFacts(content, None if y is v else _rms(y), entropy, time_share=math.nan)
-
-
-def _query_key_value(gsa: GlobalSelfAttention, x: Tensor) -> tuple[Tensor, Tensor | None, Tensor]:
-    """The module's projections of its input, each (B, N, D, H, W); no key without content."""
-    q, *k, v = gsa.qkv(x).unflatten(1, (-1, gsa.heads, gsa.dim // gsa.heads)).unbind(1)
-    return q, k[0] if k else None, v
+    q, k, v = gsa.split(gsa.qkv(x))
+    content, positional = gsa.branches(q, k, v)
+    return ModuleFacts(
+        None if content is None else _rms(content),
+        None if positional is None else _rms(positional),
+        None if k is None else _key_entropy(k),
+        time_share=math.nan,
+    )
 
 
 def _rms(x: Tensor) -> float:

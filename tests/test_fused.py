@@ -5,6 +5,7 @@ from typing import Any
 
 import pytest
 import torch
+from measure import Case
 from oracle import (
     assert_equals_reference,
     norm_of,
@@ -143,28 +144,12 @@ def test_a_second_derivative_is_refused_and_torch_func_has_it() -> None:
 # Memory.
 
 
-def kept_storages(module: nn.Module, x: Tensor) -> list[int]:
-    """Bytes of every storage that a forward pass keeps for the backward pass, parameters left out."""
-    parameters = {p.untyped_storage().data_ptr() for p in module.parameters()}
-    kept: dict[int, int] = {}
-
-    def note(tensor: Tensor) -> Tensor:
-        storage = tensor.untyped_storage()
-        if storage.data_ptr() not in parameters:
-            kept[storage.data_ptr()] = storage.nbytes()
-        return tensor
-
-    with torch.autograd.graph.saved_tensors_hooks(note, lambda tensor: tensor):
-        y = module(x.requires_grad_())
-    assert y.requires_grad
-    return sorted(kept.values())
-
-
 def test_no_logits_are_kept() -> None:
     module, x = GlobalSelfAttention(16, map_size=(28, 28), heads=8), torch.randn(4, 16, 28, 28)
-    kept = kept_storages(module, x)
     statistics = 2 * 16 * 4
-    assert sum(kept) == 5 * x.nbytes + statistics  # x, q, k, v, the column output
+    assert (
+        Case("", module, x, torch.float32).kept_bytes() == 5 * x.nbytes + statistics
+    )  # x, q, k, v, the column output
 
 
 @pytest.mark.parametrize("memory_format", [torch.contiguous_format, torch.channels_last], ids=str)

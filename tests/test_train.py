@@ -349,7 +349,8 @@ def worlds(
     """The same run of two epochs on one rank and on two, each noting the samples that it reads."""
     runs = {}
     for world in (1, 2):
-        run = prepare(output(mini, tmp_path_factory.mktemp(f"world-{world}")), mini_config())
+        config = mini_config(drop_path=0.5)  # what is dropped may not depend on the ranks either
+        run = prepare(output(mini, tmp_path_factory.mktemp(f"world-{world}")), config)
         (run.path / "seen").mkdir()
         seen = str(run.path / "seen")
         runs[world] = Ranks(forks, run, world, double=True, seen=seen, lonely=True).finish()

@@ -3,7 +3,7 @@
     python tests/benchmarks/bench_network.py [--depth 50] [--image-size 224] [--batch 8] [--dtype float32]
 
 Needs torch and this package; `gsa-pytorch`, timm and torchvision are peers where they can be imported. Runs
-on CUDA if there is a device; all networks in channels_last. `--compile` compiles all of them.
+on CUDA if there is a device; all networks in channels_last.
 """
 
 import argparse
@@ -53,7 +53,6 @@ def main() -> None:
     parser.add_argument("--batch", type=int, default=8)
     parser.add_argument("--dtype", choices=("float32", "bfloat16"), default="float32")
     parser.add_argument("--rounds", type=int, default=5)
-    parser.add_argument("--compile", action="store_true")
     options = parser.parse_args()
     device = "cuda" if torch.cuda.is_available() else "cpu"
     size = options.image_size
@@ -75,7 +74,6 @@ def main() -> None:
     for name, network in networks.items():
         if network is not None:
             network = network.to(device, memory_format=torch.channels_last)
-            network = torch.compile(network) if options.compile else network
             cases.append(Case(name, network, x, getattr(torch, options.dtype)))
     print_ratios(cases, rounds=options.rounds, images=options.batch)
 

@@ -36,6 +36,7 @@ from pipeline.rundir import Out, RunDir, read_json
 from pipeline.shards import build
 
 EPOCHS, STEPS = 3, 3  # of the runs in processes of their own; 54 samples make 3 steps of 16
+DROP = {"drop_path": 0.5}  # of the runs of two ranks: what is dropped may not depend on the ranks either
 CALLS = ("fsync", "replace", "rename")  # of os: the moments at which something becomes visible, or lasting
 FILE, CHECKPOINT = 3, 9  # how many of them make a file; flush the journal and make a checkpoint of two files
 
@@ -349,8 +350,7 @@ def worlds(
     """The same run of two epochs on one rank and on two, each noting the samples that it reads."""
     runs = {}
     for world in (1, 2):
-        config = mini_config(drop_path=0.5)  # what is dropped may not depend on the ranks either
-        run = prepare(output(mini, tmp_path_factory.mktemp(f"world-{world}")), config)
+        run = prepare(output(mini, tmp_path_factory.mktemp(f"world-{world}")), mini_config(**DROP))
         (run.path / "seen").mkdir()
         seen = str(run.path / "seen")
         runs[world] = Ranks(forks, run, world, double=True, seen=seen, lonely=True).finish()
@@ -389,7 +389,7 @@ def test_all_ranks_together_see_every_sample_once_an_epoch(world: int, worlds: d
 def test_two_killed_ranks_go_on_as_two_or_as_one(
     forks: Any, worlds: dict[int, RunDir], out: Out, mini_config: Any, tmp_path: Path
 ) -> None:
-    run = prepare(out, mini_config())
+    run = prepare(out, mini_config(**DROP))
     Ranks(forks, run, 2, double=True, hang_at=STEPS + 1).kill_when_they_hang()
     other = RunDir(shutil.copytree(run.path, tmp_path / "copy"))
     Ranks(forks, run, 2, double=True).finish()

@@ -2,41 +2,49 @@
 
 import hashlib
 import json
+import math
 import os
 import re
+import threading
+import time
 import zlib
-from collections.abc import Callable
-from dataclasses import dataclass, field
+from collections.abc import Callable, Sequence
+from dataclasses import asdict, dataclass, field
 from pathlib import Path
 from typing import Any
 
 import numpy as np
 import pyarrow as pa
-import pyarrow.compute as pc
 import pyarrow.parquet as pq
 from numpy.typing import NDArray
 
 from pipeline.config import InputError, digest
+from pipeline.order import Certificate, certify
+from pipeline.remote import discard, is_url, open_cached, shown
+from pipeline.rundir import sync
 
-VERSION = 1
+VERSION = 2
 MANIFEST = "manifest.parquet"
 SPLITS = ("train", "val")
-MAX_OPEN = 256  # descriptors a split keeps: ImageNet has 1,300 shards, a process 1,024 descriptors
+MAX_OPEN = 64  # descriptors that a split keeps
+RETRY_S = 300.0  # before a remote shard that could not be had is asked for again
 # A shard's name comes from a file and becomes a path: nothing else may pass.
 SHARD_NAME = re.compile(r"(train|val)-\d{6,}\.tar")
-COLUMNS = {
-    "split": pa.dictionary(pa.int32(), pa.string()),
-    "shard": pa.dictionary(pa.int32(), pa.string()),
-    "key": pa.string(),
-    "label": pa.int32(),
-    "ext": pa.string(),
-    "offset": pa.int64(),  # of the picture's bytes in the .tar
-    "size": pa.int64(),
-    "crc32": pa.uint32(),
-    "width": pa.int32(),
-    "height": pa.int32(),
-}
-SCHEMA = pa.schema([pa.field(name, kind, nullable=False) for name, kind in COLUMNS.items()])
+NAMES = pa.dictionary(pa.int32(), pa.string())
+SCHEMA = pa.schema(
+    [
+        pa.field("split", NAMES, nullable=False),
+        pa.field("shard", NAMES, nullable=False),
+        pa.field("key", pa.string(), nullable=False),
+        pa.field("label", pa.int32(), nullable=False),
+        pa.field("ext", NAMES, nullable=False),
+        pa.field("offset", pa.int64(), nullable=False),  # of the picture's bytes in the .tar
+        pa.field("size", pa.int64(), nullable=False),
+        pa.field("crc32", pa.uint32()),  # null, as the next two, where only headers were read
+        pa.field("width", pa.int32()),
+        pa.field("height", pa.int32()),
+    ]
+)
 
 Progress = Callable[[int, int], None]  # (done, total)
 MAX_NAMED = 3  # names in a list of them, before it counts
@@ -48,60 +56,128 @@ class ShardError(InputError):
 
 @dataclass(frozen=True)
 class Shard:
-    """One .tar file."""
+    """One .tar file: beside the manifest by its name, or at `path`, an absolute path or a URL."""
 
     name: str
     split: str
-    sha256: str
+    sha256: str  # "" where only headers were read
     bytes: int
     samples: int
+    path: str = ""
+
+    def place(self, folder: Path) -> str:
+        return self.path or str(folder / self.name)
+
+
+class _Descriptor:
+    """An open file that closes when nobody reads it any more."""
+
+    def __init__(self, number: int) -> None:
+        self.number = number
+
+    def __del__(self) -> None:
+        os.close(self.number)
 
 
 class _Files:
-    """Open shards of one process. pread has no position, so threads and forked children may share it."""
+    """The shards read last, open. pread has no position, so threads share them."""
 
     def __init__(self) -> None:
-        self._open: dict[Path, int] = {}
+        self._open: dict[str, _Descriptor] = {}
+        self._failed: dict[str, tuple[float, OSError]] = {}  # remote shards: when, why
+        self._lock = threading.Lock()
 
-    def pread(self, path: Path, size: int, offset: int) -> bytes:
-        kept = self._open.get(path)
-        if kept is not None:
-            return os.pread(kept, size, offset)
-        descriptor = os.open(path, os.O_RDONLY)
-        if len(self._open) < MAX_OPEN and self._open.setdefault(path, descriptor) == descriptor:
-            return os.pread(descriptor, size, offset)
-        try:  # no place left, or another thread was faster
-            return os.pread(descriptor, size, offset)
-        finally:
-            os.close(descriptor)
+    def pread(self, place: str, shard: Shard, size: int, offset: int) -> bytes:
+        if is_url(place):  # not kept open: a copy that the cache drops would go on taking its room
+            copy = self._remote(place, shard)
+            return os.pread(copy.number, size, offset)
+        with self._lock:
+            file = self._open.pop(place, None)
+            if file:
+                self._open[place] = file  # the last to be dropped
+        if file is None:
+            file = _Descriptor(os.open(place, os.O_RDONLY))
+            _check_size(file, shard)
+            with self._lock:
+                self._open[place] = file
+                while len(self._open) > MAX_OPEN:
+                    del self._open[next(iter(self._open))]
+        return os.pread(file.number, size, offset)
 
-    def __reduce__(self) -> tuple[Any, ...]:
-        return (_Files, ())
+    def forget(self, place: str, shard: Shard) -> None:
+        """What was read is not right: the next reading opens the file anew, or fetches it."""
+        with self._lock:
+            self._open.pop(place, None)
+        if is_url(place):
+            discard(place, shard.bytes, shard.sha256)
 
-    def __del__(self) -> None:
-        for descriptor in self._open.values():
-            os.close(descriptor)
+    def _remote(self, url: str, shard: Shard) -> _Descriptor:
+        """A shard's copy. A server that does not answer is not asked again for each sample."""
+        when, error = self._failed.get(url, (-math.inf, OSError()))
+        if time.monotonic() - when < RETRY_S:
+            raise error
+        try:
+            return _Descriptor(open_cached(url, shard.bytes, shard.sha256))
+        except OSError as error:
+            self._failed[url] = time.monotonic(), error
+            raise
+
+
+def _check_size(file: _Descriptor, shard: Shard) -> None:
+    """Where there are no checksums, another size says that it is another file."""
+    size = os.fstat(file.number).st_size
+    if not shard.sha256 and size != shard.bytes:
+        raise OSError(f"expected a file of {shard.bytes} bytes, got {size}")
 
 
 @dataclass(frozen=True, eq=False)
 class Samples:
-    """The samples of a split, one array entry each; `shard` indexes `shard_paths`."""
+    """The samples of a split in the order of its shards, one entry of each array for each.
+
+    Columns, not objects, so that ImageNet's 1.28 million fit into tens of megabytes.
+    """
 
     split: str
-    shard_paths: tuple[Path, ...]
-    shard: NDArray[np.int32]
-    key: NDArray[np.object_]
+    folder: Path
+    shards: tuple[Shard, ...]
+    shard: NDArray[np.int32]  # which of `shards`
+    keys: pa.StringArray
     label: NDArray[np.int32]
-    ext: NDArray[np.object_]
+    ext: pa.DictionaryArray
     offset: NDArray[np.int64]
     size: NDArray[np.int64]
-    crc32: NDArray[np.uint32]
-    width: NDArray[np.int32]
-    height: NDArray[np.int32]
+    crc32: NDArray[np.uint32] | None
+    salt: int  # of the certificates of this split of these shards
     files: _Files = field(default_factory=_Files, repr=False)
 
     def __len__(self) -> int:
         return len(self.label)
+
+    @property
+    def shard_sizes(self) -> list[int]:
+        """Samples in each shard."""
+        return [s.samples for s in self.shards]
+
+    @property
+    def certificate(self) -> Certificate:
+        """Of each sample exactly once."""
+        return certify(np.arange(len(self)), self.salt)
+
+    def key(self, i: int) -> str:
+        return str(self.keys[int(i)])
+
+    def fetch(self, shard: int) -> None:
+        """Bring a remote shard into the cache of this machine. RemoteError if it cannot be had."""
+        one = self.shards[shard]
+        if is_url(one.path):
+            os.close(open_cached(one.path, one.bytes, one.sha256))
+
+    def shard_of(self, i: int) -> Shard:
+        return self.shards[int(self.shard[i])]
+
+    def where(self, i: int) -> str:
+        """Shard and key, for messages."""
+        return f"{shown(self.shard_of(i).place(self.folder))}, sample {self.key(i)}"
 
 
 @dataclass(frozen=True, eq=False)
@@ -115,7 +191,13 @@ class Manifest:
     broken: tuple[dict[str, str], ...]  # {"file", "reason"}
     ignored: int  # files that are no pictures by their ending
     empty_classes: tuple[str, ...]  # "name (reason)"
+    digest: str  # 16 hex digits of the content: classes and shards, wherever they lie
     samples: dict[str, Samples] = field(repr=False)
+
+    @property
+    def foreign(self) -> bool:
+        """Whether others wrote the shards."""
+        return any(shard.path for shard in self.shards)
 
     @property
     def splits(self) -> tuple[str, ...]:
@@ -126,25 +208,58 @@ class Manifest:
             raise ShardError(f"{self.folder}: no split {name!r}; there are: {', '.join(self.splits)}")
         return self.samples[name]
 
-    @property
-    def digest(self) -> str:
-        """16 hex digits of the content: classes and shards, wherever they lie."""
-        return digest([self.classes, [[s.name, s.sha256] for s in self.shards]])
+
+def write_manifest(
+    folder: Path,
+    rows: pa.Table,
+    *,
+    classes: Sequence[str],
+    shards: Sequence[Shard],
+    made: dict[str, Any],
+    broken: Sequence[dict[str, str]] = (),
+    ignored: int = 0,
+    empty_classes: Sequence[str] = (),
+) -> None:
+    """Write MANIFEST into `folder`, under its final name. `rows` has SCHEMA and stands in the order of `shards`."""
+    values = {
+        "version": VERSION,
+        "classes": list(classes),
+        "shards": [asdict(s) for s in shards],
+        "made": made,
+        "broken": list(broken),
+        "ignored": ignored,
+        "empty_classes": list(empty_classes),
+    }
+    text = json.dumps({**values, "digest": digest(values)})
+    table = rows.replace_schema_metadata({b"gsa": text.encode()})
+    pq.write_table(table, folder / MANIFEST, compression="zstd", write_page_checksum=True)
+    sync(folder / MANIFEST)
+    sync(folder)
+
+
+def open_parquet(path: Path) -> pq.ParquetFile:
+    """A Parquet file, read whole into Arrow's own memory; its checksums are proved on reading.
+
+    Not by its path, in which Arrow takes `a=b` for a column. Not through a Python file: a thread of Arrow
+    may be the last to let go of it, and aborts the process where Python is ending meanwhile.
+    """
+    memory = pa.BufferOutputStream()
+    memory.write(path.read_bytes())
+    return pq.ParquetFile(pa.BufferReader(memory.getvalue()), page_checksum_verification=True)
 
 
 def read_manifest(folder: Path) -> Manifest:
-    """What a set of shards holds. Raises ShardError: none there, damaged, not ours, of a newer version."""
+    """What a set of shards holds. Raises ShardError: none there, damaged, not ours, of another version."""
     path = folder / MANIFEST
     try:
-        with open(path, "rb") as file:
-            # Not read_table(): it takes `a=b` in the path for a column.
-            parquet = pq.ParquetFile(file, page_checksum_verification=True)
-            values = _values(path, parquet.schema_arrow)
-            manifest = _manifest(folder, values, parquet.read())
+        parquet = open_parquet(path)
+        values = _values(path, parquet.schema_arrow)
+        manifest = _manifest(folder, values, parquet.read())
+        pa.default_memory_pool().release_unused()
     except (FileNotFoundError, NotADirectoryError):
         raise ShardError(
             f"{folder}: no shards there (expected {MANIFEST}); next: name another set, or make it "
-            "with `gsa shards build`"
+            "with `gsa shards build` or, of tars that you have, `gsa shards index`"
         ) from None
     except ShardError:
         raise
@@ -174,83 +289,117 @@ def _values(path: Path, schema: pa.Schema) -> dict[str, Any]:
 
 
 def _manifest(folder: Path, values: dict[str, Any], table: pa.Table) -> Manifest:
-    shards = tuple(Shard(**s) for s in values["shards"])
-    for shard in shards:
-        if not SHARD_NAME.fullmatch(shard.name) or not shard.name.startswith(f"{shard.split}-"):
-            raise ValueError(f"{shard.name!r} is no name for a {shard.split} shard")
-    samples = {s: _samples(folder, table, s, [x.name for x in shards if x.split == s]) for s in SPLITS}
-    manifest = Manifest(
+    shards, classes = tuple(Shard(**s) for s in values["shards"]), tuple(values["classes"])
+    _check_names(shards)
+    _check_runs(table["shard"], [(s.name, s.samples) for s in shards if s.samples])
+    totals = {split: sum(s.samples for s in shards if s.split == split) for split in SPLITS}
+    _check_runs(table["split"], [(split, total) for split, total in totals.items() if total])
+    content = _content(classes, shards, table)
+    start, samples = 0, {}
+    for split, total in totals.items():
+        rows, mine = table.slice(start, total), tuple(s for s in shards if s.split == split)
+        samples[split] = _samples(folder, split, mine, rows, salt=int(digest([content, split]), 16))
+        _check_rows(samples[split], len(classes))
+        start += total
+    return Manifest(
         folder=folder,
-        classes=tuple(values["classes"]),
+        classes=classes,
         shards=shards,
         made=values["made"],
         broken=tuple(values["broken"]),
         ignored=values["ignored"],
         empty_classes=tuple(values["empty_classes"]),
+        digest=content,
         samples=samples,
     )
-    if sum(len(s) for s in samples.values()) != len(table):
-        raise ValueError(f"{len(table)} rows, not all of them in {' or '.join(SPLITS)}")
-    for split in SPLITS:
-        _match_rows(manifest, split)
-    return manifest
 
 
-def _samples(folder: Path, table: pa.Table, split: str, names: list[str]) -> Samples:
-    part = table.filter(pc.equal(table["split"].cast(pa.string()), split))
-    index = pc.index_in(part["shard"].cast(pa.string()), value_set=pa.array(names, pa.string()))
-    ext = part["ext"].combine_chunks().dictionary_encode()
-    numbers = ("label", "offset", "size", "crc32", "width", "height")
+def _content(classes: tuple[str, ...], shards: tuple[Shard, ...], table: pa.Table) -> str:
+    if all(s.sha256 for s in shards):
+        return digest([classes, [[s.name, s.sha256] for s in shards]])
+    columns = [zlib.crc32(table[name].to_numpy()) for name in ("label", "offset", "size")]
+    return digest([classes, [[s.name, s.bytes, s.samples] for s in shards], columns])
+
+
+def _check_names(shards: tuple[Shard, ...]) -> None:
+    for shard in shards:
+        if shard.path:
+            if not (os.path.isabs(shard.path) or is_url(shard.path)):
+                raise ValueError(f"{shard.path!r} is no absolute path and no URL that is read")
+        elif not SHARD_NAME.fullmatch(shard.name) or not shard.name.startswith(f"{shard.split}-"):
+            raise ValueError(f"{shard.name!r} is no name for a {shard.split} shard")
+    if len({s.name for s in shards}) != len(shards):
+        raise ValueError("two shards have the same name")
+    if [s.split for s in shards] != sorted((s.split for s in shards), key=SPLITS.index):
+        raise ValueError(f"its shards are not in the order of {', '.join(SPLITS)}")
+
+
+def _check_runs(column: pa.ChunkedArray, expected: list[tuple[str, int]]) -> None:
+    """The rows of each shard and split stand together, as many as are listed."""
+    array = column.unify_dictionaries().combine_chunks()
+    codes, names = array.indices.to_numpy(), array.dictionary.to_pylist()
+    starts = np.flatnonzero(np.diff(codes, prepend=-1))
+    lengths = np.diff(starts, append=len(codes)).tolist()
+    runs = [(names[code], length) for code, length in zip(codes[starts].tolist(), lengths, strict=True)]
+    for (name, rows), (wanted, wanted_rows) in zip(runs, expected, strict=False):
+        if (name, rows) != (wanted, wanted_rows):
+            raise ValueError(f"expected {wanted_rows} rows of {wanted}, got {rows} of {name}")
+    if len(runs) != len(expected):
+        raise ValueError(f"expected rows of {len(expected)} shards or splits, got {len(runs)}")
+
+
+def _samples(folder: Path, split: str, shards: tuple[Shard, ...], rows: pa.Table, *, salt: int) -> Samples:
+    crc32 = rows["crc32"]
     return Samples(
         split=split,
-        shard_paths=tuple(folder / name for name in names),
-        shard=index.fill_null(-1).to_numpy(),
-        key=part["key"].to_numpy(),
-        ext=np.array(ext.dictionary.to_pylist(), object)[ext.indices.to_numpy()],
-        **{name: part[name].to_numpy() for name in numbers},
+        folder=folder,
+        shards=shards,
+        shard=np.repeat(np.arange(len(shards), dtype=np.int32), [s.samples for s in shards]),
+        keys=rows["key"].combine_chunks(),
+        label=rows["label"].to_numpy(),
+        ext=rows["ext"].unify_dictionaries().combine_chunks(),
+        offset=rows["offset"].to_numpy(),
+        size=rows["size"].to_numpy(),
+        crc32=None if crc32.null_count else crc32.to_numpy(),
+        salt=salt,
     )
 
 
-def _match_rows(manifest: Manifest, split: str) -> None:
-    """Rows against the list of shards: what the rest of the code may then rely on."""
-    samples, shards = manifest.split(split), [s for s in manifest.shards if s.split == split]
-    if (samples.shard < 0).any():
-        raise ValueError(f"{split}: rows of a shard that is not listed")
-    counts = np.bincount(samples.shard, minlength=len(shards))
-    room = np.array([s.bytes for s in shards], np.int64)[samples.shard] - samples.offset
-    faults = {
-        "a row points outside of the file": (samples.offset < 0)
-        | (samples.size <= 0)
-        | (samples.size > room),
-        "a label without a class": (samples.label < 0) | (samples.label >= len(manifest.classes)),
-    }
-    for shard, count in zip(shards, counts, strict=True):
-        if count != shard.samples:
-            raise ValueError(f"{shard.name}: expected {shard.samples} rows, got {count}")
-    for fault, rows in faults.items():
+def _check_rows(samples: Samples, classes: int) -> None:
+    """What the rest of the code may then rely on."""
+    room = np.array([s.bytes for s in samples.shards], np.int64)[samples.shard] - samples.offset
+    outside = (samples.offset < 0) | (samples.size <= 0) | (samples.size > room)
+    unknown = (samples.label < 0) | (samples.label >= classes)
+    for fault, rows in {
+        "a row points outside of the file": outside,
+        "a label without a class": unknown,
+    }.items():
         if rows.any():
             first = int(rows.argmax())
-            raise ValueError(f"{shards[samples.shard[first]].name}: {fault}: {samples.key[first]}")
+            raise ValueError(f"{samples.shards[samples.shard[first]].name}: {fault}: {samples.key(first)}")
 
 
 def read_sample(samples: Samples, i: int) -> bytes:
-    """The encoded picture of a sample, proved by its crc32: one pread, no header is read.
+    """The encoded picture of a sample, proved by its crc32 if that is known: one pread, no header is read.
 
     Raises ShardError, with shard and key: missing, cut short, or other bytes than were written.
     """
-    path = samples.shard_paths[samples.shard[i]]
-    size = int(samples.size[i])
-    try:
-        data = samples.files.pread(path, size, int(samples.offset[i]))
-    except OSError as error:
-        fault = f"cannot be read: {error.strerror}"
-    else:
-        if len(data) == size and zlib.crc32(data) == int(samples.crc32[i]):
-            return data
-        fault = "crc32 differs" if len(data) == size else f"expected {size} bytes, got {len(data)}"
-    raise ShardError(
-        f"{path}, sample {samples.key[i]}: {fault}; next: `gsa shards verify`, then build the set again"
-    )
+    shard, size, fault = samples.shard_of(i), int(samples.size[i]), ""
+    place = shard.place(samples.folder)
+    for _ in range(2):  # a stale handle of a network file system, a damaged copy in the cache: once more
+        try:
+            data = samples.files.pread(place, shard, size, int(samples.offset[i]))
+        except OSError as error:
+            fault = f"cannot be read: {error.strerror or error}"
+        else:
+            if len(data) != size:
+                fault = f"expected {size} bytes, got {len(data)}"
+            elif samples.crc32 is None or zlib.crc32(data) == int(samples.crc32[i]):
+                return data
+            else:
+                fault = "crc32 differs"
+        samples.files.forget(place, shard)
+    raise ShardError(f"{samples.where(i)}: {fault}; next: `gsa shards verify`, then make the set again")
 
 
 def cut_short(path: Path, shard: Shard) -> str:
@@ -266,7 +415,7 @@ def sha256_of(path: Path) -> str:
         return hashlib.file_digest(file, "sha256").hexdigest()
 
 
-def named(names: list[str]) -> str:
+def named(names: Sequence[str]) -> str:
     """`a, b, c and 12 more`"""
     more = len(names) - MAX_NAMED
     return ", ".join(names[:MAX_NAMED]) + (f" and {more} more" if more > 0 else "")

@@ -1,8 +1,12 @@
-"""(seed, epoch, size) -> the order of samples: the same for every world size; position in it = resume."""
+"""(seed, epoch, manifest) -> the order of samples: the same for every world size; position in it = resume."""
 
-from collections.abc import Iterator
+from collections.abc import Iterator, Sequence
+from typing import NamedTuple
 
 import numpy as np
+from numpy.typing import NDArray
+
+Ids = NDArray[np.int64]  # sample numbers: rows of a split in the manifest
 
 
 def steps_per_epoch(samples: int, global_batch: int) -> int:
@@ -19,17 +23,58 @@ def steps_per_epoch(samples: int, global_batch: int) -> int:
     return steps
 
 
+class EpochOrder:
+    """The order of a split's samples in one epoch: each once, and any part of it without the rest.
+
+    The shards are shuffled and laid out in blocks of about `block` samples; within a block all samples
+    are shuffled. So a reader has the shards of one block open, and is done with each of them after it.
+    """
+
+    def __init__(self, shard_sizes: Sequence[int], *, seed: int, epoch: int, block: int) -> None:
+        sizes = np.asarray(shard_sizes, np.int64)
+        self._key, self._sizes, self._firsts = (seed, epoch), sizes, np.cumsum(sizes) - sizes
+        shards = np.random.default_rng(self._key).permutation(len(sizes))
+        ends = np.cumsum(sizes[shards])
+        total = int(sizes.sum())
+        # In whole shards, as equal as these allow: a small block at the end would be shuffled poorly.
+        block_of = (ends - 1) * max(1, total // block) // max(1, total)
+        last = np.flatnonzero(np.diff(block_of, append=-1))  # shard of each block
+        self._blocks, self._ends = np.split(shards, last[:-1] + 1), ends[last]
+        self._kept: tuple[int, Ids] = (-1, np.empty(0, np.int64))
+
+    def __len__(self) -> int:
+        return int(self._sizes.sum())
+
+    def take(self, start: int, stop: int) -> Ids:
+        """The sample numbers at the positions start..stop of the epoch."""
+        parts = []
+        while start < stop:
+            block = self._block_at(start)
+            first = int(self._ends[block - 1]) if block else 0
+            parts.append(self._shuffled(block)[start - first : stop - first])
+            start += len(parts[-1])
+        return np.concatenate(parts) if parts else np.empty(0, np.int64)
+
+    def shards_after(self, sample: int) -> list[int]:
+        """The shards of the block that follows the one with that sample; none after the last."""
+        shard = int(np.searchsorted(self._firsts + self._sizes, sample, side="right"))
+        block = next(n for n, shards in enumerate(self._blocks) if shard in shards)
+        return [int(s) for shards in self._blocks[block + 1 : block + 2] for s in shards]
+
+    def _block_at(self, position: int) -> int:
+        return int(np.searchsorted(self._ends, position, side="right"))
+
+    def _shuffled(self, block: int) -> Ids:
+        if self._kept[0] != block:
+            samples = [np.arange(self._sizes[s]) + self._firsts[s] for s in self._blocks[block]]
+            rng = np.random.default_rng((*self._key, 2, block))  # 1: the generators of the samples
+            self._kept = block, rng.permutation(np.concatenate(samples))
+        return self._kept[1]
+
+
 def micro_batches(
-    samples: int,
-    *,
-    seed: int,
-    epoch: int,
-    global_batch: int,
-    micro_batch: int,
-    rank: int,
-    world: int,
-    first_step: int = 0,
-) -> Iterator[np.ndarray]:
+    order: EpochOrder, *, global_batch: int, micro_batch: int, rank: int, world: int, first_step: int = 0
+) -> Iterator[Ids]:
     """Sample numbers of this rank's micro-batches of an epoch, from step `first_step` on.
 
     A global batch is k micro-batches at fixed places; rank r of w takes the r-th w-th of them. So global
@@ -38,15 +83,42 @@ def micro_batches(
     k = global_batch // micro_batch
     assert k % world == 0, f"{world} ranks cannot share {k} micro-batches"
     share = k // world
-    order = np.random.default_rng((seed, epoch)).permutation(samples)
-    for step in range(first_step, steps_per_epoch(samples, global_batch)):
+    for step in range(first_step, steps_per_epoch(len(order), global_batch)):
         start = step * global_batch + rank * share * micro_batch
         for i in range(share):
-            yield order[start + i * micro_batch : start + (i + 1) * micro_batch]
+            yield order.take(start + i * micro_batch, start + (i + 1) * micro_batch)
 
 
-def eval_batches(samples: int, *, batch: int, rank: int, world: int) -> Iterator[np.ndarray]:
-    """Sample numbers of this rank's evaluation batches: over all ranks each sample exactly once."""
-    mine = np.arange(rank, samples, world)
-    for start in range(0, len(mine), batch):
-        yield mine[start : start + batch]
+def eval_batches(samples: int, *, batch: int, rank: int, world: int) -> Iterator[Ids]:
+    """Sample numbers of this rank's evaluation batches, a stretch of the split: over all ranks each once."""
+    start, stop = samples * rank // world, samples * (rank + 1) // world
+    for first in range(start, stop, batch):
+        yield np.arange(first, min(first + batch, stop), dtype=np.int64)
+
+
+class Certificate(NamedTuple):
+    """Which samples were seen, in whatever order: how many, and the sum of their 64-bit hashes."""
+
+    samples: int
+    sum: int
+
+    def __str__(self) -> str:
+        return f"{self.samples}:{self.sum:016x}"
+
+    def __add__(self, other: object) -> "Certificate":
+        assert isinstance(other, Certificate), other
+        return Certificate(self.samples + other.samples, (self.sum + other.sum) % 2**64)
+
+
+def certify(ids: Ids, salt: int) -> Certificate:
+    """The certificate of these samples; `salt` is that of the split (Samples.salt).
+
+    A sample that is missing, or there twice, gives another one: a sum, unlike an exclusive or, does not
+    cancel. The hash is the finalizer of SplitMix64 (Steele, Lea, Flood 2014).
+    """
+    x = ids.astype(np.uint64) + np.uint64(salt % 2**64)  # numpy's unsigned arrays wrap around, as meant
+    x += np.uint64(0x9E3779B97F4A7C15)
+    x = (x ^ (x >> np.uint64(30))) * np.uint64(0xBF58476D1CE4E5B9)
+    x = (x ^ (x >> np.uint64(27))) * np.uint64(0x94D049BB133111EB)
+    x ^= x >> np.uint64(31)
+    return Certificate(len(ids), int(x.sum(dtype=np.uint64)))

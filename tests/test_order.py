@@ -1,15 +1,24 @@
 """The order of samples: one sequence of global batches, whatever shares it and wherever it is taken up."""
 
+import hashlib
+
 import numpy as np
 import pytest
 from hypothesis import given
 from hypothesis import strategies as st
 
-from pipeline.order import eval_batches, micro_batches, steps_per_epoch
+from pipeline.order import Certificate, EpochOrder, certify, eval_batches, micro_batches, steps_per_epoch
 
-SAMPLES, GLOBAL, MICRO = 131, 24, 2  # 5 steps of 12 micro-batches; 11 samples are left out
-STEPS = 5
+SHARDS = (31, 1, 40, 0, 24, 35)  # uneven; 131 samples
+GLOBAL, MICRO, STEPS = 24, 2, 5  # 5 steps of 12 micro-batches; 11 samples are left out
 WORLDS = (1, 2, 3, 4, 6, 12)
+BLOCK = 30
+
+
+def order_of(
+    seed: int = 0, epoch: int = 0, block: int = BLOCK, sizes: tuple[int, ...] = SHARDS
+) -> EpochOrder:
+    return EpochOrder(sizes, seed=seed, epoch=epoch, block=block)
 
 
 def epoch_of(world: int, *, epoch: int = 0, seed: int = 0, first_step: int = 0) -> list[list[int]]:
@@ -17,9 +26,7 @@ def epoch_of(world: int, *, epoch: int = 0, seed: int = 0, first_step: int = 0) 
     ranks = [
         list(
             micro_batches(
-                SAMPLES,
-                seed=seed,
-                epoch=epoch,
+                order_of(seed, epoch),
                 global_batch=GLOBAL,
                 micro_batch=MICRO,
                 rank=rank,
@@ -38,10 +45,75 @@ def epoch_of(world: int, *, epoch: int = 0, seed: int = 0, first_step: int = 0) 
     ]
 
 
-def test_global_batches_are_slices_of_one_permutation() -> None:
-    order = np.random.default_rng((7, 3)).permutation(SAMPLES)
+def slow_order(sizes: tuple[int, ...], *, seed: int, epoch: int, blocks: list[list[int]]) -> list[int]:
+    """The definition: the blocks one after the other, each shuffled by a generator of its own."""
+    found: list[int] = []
+    for number, block in enumerate(blocks):
+        samples = [sum(sizes[:s]) + i for s in block for i in range(sizes[s])]
+        found += np.random.default_rng((seed, epoch, 2, number)).permutation(samples).tolist()
+    return found
+
+
+def test_an_order_is_its_blocks_of_whole_shards_each_shuffled() -> None:
+    shards = np.random.default_rng((7, 3)).permutation(4).tolist()
+    blocks = [shards[:2], shards[2:]]
+    sizes = (10, 10, 10, 10)
+    found = order_of(7, 3, block=20, sizes=sizes).take(0, 40).tolist()
+    assert found == slow_order(sizes, seed=7, epoch=3, blocks=blocks)
+
+
+def test_global_batches_are_slices_of_the_order() -> None:
+    order = order_of(7, 3).take(0, 131)
     expected = [order[step * GLOBAL : (step + 1) * GLOBAL].tolist() for step in range(STEPS)]
     assert epoch_of(1, seed=7, epoch=3) == expected
+
+
+sizes_of_shards = st.lists(st.integers(0, 60), min_size=1, max_size=12).map(tuple)
+
+
+@given(sizes=sizes_of_shards, block=st.integers(1, 400), seed=st.integers(0, 2**63 - 1), data=st.data())
+def test_any_part_of_an_order_is_that_part_of_the_whole(
+    sizes: tuple[int, ...], block: int, seed: int, data: st.DataObject
+) -> None:
+    whole = order_of(seed, 1, block, sizes).take(0, sum(sizes)).tolist()
+    assert sorted(whole) == list(range(sum(sizes)))
+    start = data.draw(st.integers(0, sum(sizes)))
+    stop = data.draw(st.integers(start, sum(sizes)))
+    assert order_of(seed, 1, block, sizes).take(start, stop).tolist() == whole[start:stop]
+
+
+@given(sizes=sizes_of_shards, block=st.integers(1, 200), data=st.data())
+def test_the_shards_that_come_next_are_those_of_the_next_block(
+    sizes: tuple[int, ...], block: int, data: st.DataObject
+) -> None:
+    if not sum(sizes):
+        return
+    order = order_of(block=block, sizes=sizes)
+    at = data.draw(st.integers(0, sum(sizes) - 1))
+    sample = int(order.take(at, at + 1)[0])
+    blocks = [set(block.tolist()) for block in order._blocks]
+    shard = next(s for s in range(len(sizes)) if sum(sizes[: s + 1]) > sample)
+    here = next(n for n, block in enumerate(blocks) if shard in block)
+    assert set(order.shards_after(sample)) == (blocks[here + 1] if here + 1 < len(blocks) else set())
+
+
+@given(shards=st.integers(1, 60), size=st.integers(1, 50), block=st.integers(1, 500))
+def test_a_shard_is_read_within_a_stretch_of_about_the_stated_block(
+    shards: int, size: int, block: int
+) -> None:
+    """So few are open at a time, and no shard is fetched twice."""
+    owner = order_of(block=block, sizes=(size,) * shards).take(0, shards * size) // size
+    for shard in range(shards):
+        places = np.flatnonzero(owner == shard)
+        assert places[-1] - places[0] < 2 * block + 2 * size
+
+
+@given(shards=st.integers(1, 60), size=st.integers(1, 50), block=st.integers(1, 500))
+def test_no_small_block_is_left_at_the_end(shards: int, size: int, block: int) -> None:
+    """Its batches would be of one shard or two."""
+    lengths = np.diff(order_of(block=block, sizes=(size,) * shards)._ends, prepend=0)
+    assert lengths.sum() == shards * size
+    assert lengths.min() > min(block, shards * size) - size
 
 
 @pytest.mark.parametrize("first_step", range(STEPS + 1))
@@ -53,8 +125,9 @@ def test_global_batches_are_the_same_for_any_world_and_resume_point(world: int, 
 
 def test_the_order_is_that_of_earlier_releases() -> None:
     """Golden: another order, be it NumPy's doing, would give a resumed run some samples twice."""
-    assert epoch_of(1)[0][:8] == [129, 127, 36, 98, 128, 39, 123, 115]
-    assert epoch_of(1, seed=2**40, epoch=89)[4][-8:] == [66, 124, 85, 75, 91, 2, 114, 45]
+    whole = EpochOrder([1000] * 1281 + [167], seed=2**40, epoch=89, block=32_768).take(0, 1_281_167)
+    assert whole[:8].tolist() == [787352, 745401, 1167319, 952208, 289393, 366273, 973957, 1145115]
+    assert hashlib.sha256(whole.tobytes()).hexdigest()[:16] == "df2c06f84fd5d32e"
 
 
 @given(
@@ -69,12 +142,11 @@ def test_a_sample_comes_at_most_once_an_epoch(
 ) -> None:
     if samples < micro * k:
         return
+    order = order_of(seed, epoch, 50, (samples // 2, samples - samples // 2))
     drawn = [
         i
         for rank in range(k)
-        for batch in micro_batches(
-            samples, seed=seed, epoch=epoch, global_batch=micro * k, micro_batch=micro, rank=rank, world=k
-        )
+        for batch in micro_batches(order, global_batch=micro * k, micro_batch=micro, rank=rank, world=k)
         for i in batch.tolist()
     ]
     assert len(drawn) == len(set(drawn)) == steps_per_epoch(samples, micro * k) * micro * k
@@ -84,7 +156,7 @@ def test_a_sample_comes_at_most_once_an_epoch(
 def test_epochs_and_seeds_differ_and_what_is_left_out_differs_too() -> None:
     epochs = [epoch_of(1, seed=seed, epoch=epoch) for seed in range(3) for epoch in range(10)]
     assert len({str(batches) for batches in epochs}) == 30
-    left_out = [set(range(SAMPLES)) - {i for batch in batches for i in batch} for batches in epochs]
+    left_out = [set(range(131)) - {i for batch in batches for i in batch} for batches in epochs]
     assert {len(rest) for rest in left_out} == {11}
     assert not set.intersection(*left_out)
 
@@ -92,7 +164,7 @@ def test_epochs_and_seeds_differ_and_what_is_left_out_differs_too() -> None:
 @given(samples=st.integers(0, 200), world=st.integers(1, 12), batch=st.integers(1, 20))
 def test_evaluation_sees_each_sample_once_for_any_world(samples: int, world: int, batch: int) -> None:
     ranks = [list(eval_batches(samples, batch=batch, rank=rank, world=world)) for rank in range(world)]
-    assert sorted(int(i) for batches in ranks for b in batches for i in b) == list(range(samples))
+    assert [int(i) for batches in ranks for b in batches for i in b] == list(range(samples))
     assert all(1 <= len(b) <= batch for batches in ranks for b in batches)
     shares = [sum(map(len, batches)) for batches in ranks]
     assert max(shares) - min(shares) <= 1
@@ -110,3 +182,37 @@ def test_a_batch_above_the_split_is_refused_with_what_would_do() -> None:
 def test_ranks_that_cannot_share_are_refused() -> None:
     with pytest.raises(AssertionError, match="5 ranks cannot share 12 micro-batches"):
         epoch_of(5)
+
+
+# --- certificates ------------------------------------------------------------------------------------------
+
+
+def slow_hash(i: int, salt: int) -> int:
+    """SplitMix64's finalizer in whole numbers."""
+    x = (i + salt + 0x9E3779B97F4A7C15) % 2**64
+    x = (x ^ x >> 30) * 0xBF58476D1CE4E5B9 % 2**64
+    x = (x ^ x >> 27) * 0x94D049BB133111EB % 2**64
+    return x ^ x >> 31
+
+
+@given(
+    ids=st.lists(st.integers(0, 2**40), max_size=40), salt=st.integers(0, 2**64 - 1), cut=st.integers(0, 40)
+)
+def test_a_certificate_is_the_sum_of_hashes_in_any_order_and_any_parts(
+    ids: list[int], salt: int, cut: int
+) -> None:
+    found = certify(np.array(ids, np.int64), salt)
+    assert found == Certificate(len(ids), sum(slow_hash(i, salt) for i in ids) % 2**64)
+    assert found == certify(np.array(ids[::-1], np.int64), salt)
+    assert found == certify(np.array(ids[:cut], np.int64), salt) + certify(
+        np.array(ids[cut:], np.int64), salt
+    )
+
+
+def test_a_certificate_tells_what_is_missing_double_or_of_another_split() -> None:
+    whole = np.arange(50_000)
+    right = certify(whole, 5)
+    assert str(right) == "50000:fd224254665fd0e3"  # golden: it is written into registries
+    others = [whole[1:], np.append(whole, 7), np.where(whole == 3, 4, whole), whole + 1]
+    assert right not in [certify(other, 5) for other in others]
+    assert right != certify(whole, 6)

@@ -57,6 +57,12 @@ class DataConfig(Section):
     crop_scale: Annotated[tuple[Fraction, Fraction], Field(strict=False)] = (0.08, 1.0)  # share of the area
     flip: Fraction = 0.5  # probability of a horizontal flip
     crop_pct: Annotated[float, Field(gt=0, le=1)] = 0.875  # at test: image_size / resized shorter side
+    shuffle_block: Positive = 32_768  # samples shuffled together, in whole shards: fewer are read at a time
+    max_bad: Fraction = 0.001  # share of the train samples that may turn out unreadable in an epoch
+    # Train samples from tars without a manifest instead, read by webdataset: see pipeline/stream.py for what
+    # that costs. `shards` then gives the classes and the val samples.
+    stream: Annotated[str, Field(min_length=1)] | None = None  # a folder, or train-{000000..001023}.tar
+    stream_samples: Positive | None = None  # that make an epoch
 
     @model_validator(mode="after")
     def _some_area(self) -> "DataConfig":
@@ -66,6 +72,26 @@ class DataConfig(Section):
                 f"crop_scale [{low}, {high}]: expected smallest and largest share of the area, above 0"
             )
         return self
+
+    @model_validator(mode="after")
+    def _samples_of_a_stream(self) -> "DataConfig":
+        if (self.stream is None) != (self.stream_samples is None):
+            raise ValueError("stream and stream_samples: expected both or none")
+        return self
+
+
+class AugmentConfig(Section):
+    """What is done to a batch on the device, beside crop and flip; all of it off."""
+
+    policy: Literal["none", "randaugment", "trivialaugment"] = "none"
+    ops: Annotated[int, Field(ge=1, le=8)] = 2  # of RandAugment, for each picture
+    magnitude: Annotated[int, Field(ge=0, le=30)] = 9  # of RandAugment, of 30
+    color_jitter: Annotated[float, Field(ge=0, lt=1)] = (
+        0.0  # brightness, contrast, saturation times 1 +- this
+    )
+    erase: Fraction = 0.0  # probability that a random rectangle is erased (arXiv 1708.04896)
+    mixup: Annotated[float, Field(ge=0)] = 0.0  # alpha of arXiv 1710.09412
+    cutmix: Annotated[float, Field(ge=0)] = 0.0  # alpha of arXiv 1905.04899; with mixup: one of them, evenly
 
 
 class OptimConfig(Section):
@@ -101,6 +127,7 @@ class Config(Section):
     probe: bool = False  # record after each epoch what every GSA module does: gsa/content_rms/MODULE ...
     model: ModelConfig = ModelConfig()
     data: DataConfig = DataConfig()
+    augment: AugmentConfig = AugmentConfig()
     optim: OptimConfig = OptimConfig()
 
     @property

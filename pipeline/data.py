@@ -1,101 +1,199 @@
 """Read: order -> bytes -> decode -> augment -> batch -> device."""
 
-from collections.abc import Iterator
-from typing import NamedTuple
+import logging
+from collections import deque
+from collections.abc import Callable, Iterable, Iterator, Sequence
+from concurrent.futures import ThreadPoolExecutor
+from typing import NamedTuple, TypeVar
 
 import numpy as np
 import torch
 from torch import Tensor
-from torch.utils.data import DataLoader, Dataset
 
-from pipeline import augment, order
-from pipeline.config import Config
-from pipeline.decode import DecodeError, decode
+from pipeline import augment
+from pipeline.config import Config, DataConfig
+from pipeline.decode import DecodeError, Pixels, decode, size
 from pipeline.manifest import Samples, ShardError, read_sample
+from pipeline.order import EpochOrder, Ids, eval_batches, micro_batches
+from pipeline.remote import is_url
+
+log = logging.getLogger("gsa")
 
 # Per channel, of 0..1: ImageNet's, as every published ResNet uses them.
 MEAN, STD = (0.485, 0.456, 0.406), (0.229, 0.224, 0.225)
+AHEAD = 4  # samples that wait for each thread, at least: none runs dry while a batch is handed over
 
 
 class Batch(NamedTuple):
-    """images (B, H, W, 3) uint8, labels (B,) int64."""
+    """The samples of a micro-batch.
+
+    images (B, H, W, 3) uint8; labels (B,) int64; ids (B,), their numbers in the split; draws (B, n) float32,
+    numbers of [0, 1) that belong to the sample in this epoch, for what is done to it on the device.
+    bad: the shards of those that could not be read; others of the batch stand in their places.
+    """
 
     images: Tensor
     labels: Tensor
+    ids: Ids
+    draws: Tensor
+    bad: tuple[str, ...] = ()
 
 
-class Pictures(Dataset[tuple[np.ndarray, int]]):
-    """Cropped samples of a split by number; with an epoch augmented, without one as at test."""
+class Outcome(NamedTuple):
+    """What became of a sample on its way into a batch; `fault` says why it cannot be read."""
 
-    def __init__(self, samples: Samples, config: Config, epoch: int | None) -> None:
-        self.samples, self.config, self.epoch = samples, config, epoch
+    id: int
+    label: int
+    shard: str
+    fault: str = ""
 
-    def __getitem__(self, index: int) -> tuple[np.ndarray, int]:
-        data = self.config.data
-        try:
-            image = decode(read_sample(self.samples, index))
-        except DecodeError as error:  # the bytes that were written: another decoder took them
-            path = self.samples.shard_paths[self.samples.shard[index]]
-            raise ShardError(f"{path}, sample {self.samples.key[index]}: {error}") from None
-        if self.epoch is None:
-            image = augment.center_crop(image, size=data.image_size, pct=data.crop_pct)
-        else:
-            rng = augment.sample_rng(self.config.seed, self.epoch, index)
-            image = augment.train_crop(
-                image, rng, size=data.image_size, scale=data.crop_scale, flip=data.flip
-            )
-        return np.asarray(image), int(self.samples.label[index])
+
+S = TypeVar("S")  # what a sample is before it is read: its number, or its bytes
+Read = Callable[[S, Tensor, Tensor], Outcome]  # with its row of Batch.images, and of Batch.draws
 
 
 def train_loader(
-    samples: Samples, config: Config, *, epoch: int, first_step: int, rank: int, world: int, workers: int
+    samples: Samples,
+    config: Config,
+    *,
+    epoch: int,
+    first_step: int,
+    rank: int,
+    world: int,
+    threads: int,
+    draws: int,
 ) -> Iterator[Batch]:
-    """This rank's micro-batches of an epoch, from step `first_step` on."""
-    batches = order.micro_batches(
-        len(samples),
-        seed=config.seed,
-        epoch=epoch,
-        global_batch=config.optim.global_batch,
-        micro_batch=config.optim.micro_batch,
-        rank=rank,
-        world=world,
-        first_step=first_step,
+    """This rank's micro-batches of an epoch, from step `first_step` on, read by that many threads.
+
+    The same for any number of threads, and put together for any number of ranks. A sample that cannot be
+    read is logged, and the next of its micro-batch that can stands in for it.
+    Raises ShardError where not one sample of a micro-batch can be read.
+    """
+    data = config.data
+    order = EpochOrder(samples.shard_sizes, seed=config.seed, epoch=epoch, block=data.shuffle_block)
+    batches: Iterator[list[int]] = (
+        ids.tolist()
+        for ids in micro_batches(
+            order,
+            global_batch=config.optim.global_batch,
+            micro_batch=config.optim.micro_batch,
+            rank=rank,
+            world=world,
+            first_step=first_step,
+        )
     )
-    return _load(Pictures(samples, config, epoch), batches, workers)
+
+    def read(i: int, image: Tensor, numbers: Tensor) -> Outcome:
+        outcome = Outcome(i, int(samples.label[i]), samples.shard_of(i).name)
+        rng = augment.sample_rng(config.seed, epoch, i)
+        try:
+            train_picture(read_sample(samples, i), rng, data, image, numbers)
+        except ShardError as error:
+            return outcome._replace(fault=str(error))
+        except DecodeError as error:
+            return outcome._replace(fault=f"{samples.where(i)}: {error}")
+        return outcome
+
+    if any(is_url(shard.path) for shard in samples.shards):
+        batches = _fetching_ahead(samples, order, batches)
+    return load(batches, read, side=data.image_size, threads=threads, draws=draws)
 
 
-def eval_loader(samples: Samples, config: Config, *, rank: int, world: int, workers: int) -> Iterator[Batch]:
-    """This rank's part of a split: over all ranks each sample exactly once."""
-    batches = order.eval_batches(len(samples), batch=config.optim.micro_batch, rank=rank, world=world)
-    return _load(Pictures(samples, config, None), batches, workers)
+def _fetching_ahead(samples: Samples, order: EpochOrder, batches: Iterator[list[int]]) -> Iterator[list[int]]:
+    """The same batches; the remote shards of a block are fetched while the block before it is read."""
+    seen: set[int] = set()
+    pool = ThreadPoolExecutor(1, thread_name_prefix="fetch")
+    try:
+        for ids in batches:
+            following = [s for s in order.shards_after(ids[0]) if s not in seen]
+            seen.update(following)
+            for number in following:
+                pool.submit(samples.fetch, number)  # what fails is told when a sample is read
+            yield ids
+    finally:
+        pool.shutdown(wait=False, cancel_futures=True)
+
+
+def train_picture(
+    data: bytes, rng: np.random.Generator, config: DataConfig, image: Tensor, draws: Tensor
+) -> None:
+    """Fill a sample's row of Batch.images and of Batch.draws. DecodeError: no picture that we read."""
+    box = augment.random_box(*size(data), rng, config.crop_scale)
+    pixels = decode(data, rows=box.top + box.height)
+    mirrored = rng.random() < config.flip
+    image.copy_(augment.train_crop(pixels, box, size=config.image_size, mirrored=mirrored))
+    draws.copy_(torch.from_numpy(rng.random(len(draws), np.float32)))
+
+
+def eval_loader(samples: Samples, config: Config, *, rank: int, world: int, threads: int) -> Iterator[Batch]:
+    """This rank's part of a split: over all ranks each sample exactly once. ShardError if one cannot be read."""
+    batches = (
+        ids.tolist()
+        for ids in eval_batches(len(samples), batch=config.optim.micro_batch, rank=rank, world=world)
+    )
+
+    def read(i: int, image: Tensor, _: Tensor) -> Outcome:
+        image.copy_(torch.from_numpy(eval_picture(samples, i, config.data)))
+        return Outcome(i, int(samples.label[i]), "")
+
+    return load(batches, read, side=config.data.image_size, threads=threads, draws=0)
+
+
+def eval_picture(samples: Samples, i: int, config: DataConfig) -> Pixels:
+    """A sample as it is evaluated: (image_size, image_size, 3). ShardError if it cannot be read."""
+    try:
+        pixels = decode(read_sample(samples, i))
+    except DecodeError as error:  # the bytes that were written: another decoder took them
+        raise ShardError(f"{samples.where(i)}: {error}") from None
+    return augment.center_crop(pixels, size=config.image_size, pct=config.crop_pct)
 
 
 def to_device(images: Tensor, device: torch.device) -> Tensor:
     """(B, H, W, 3) uint8 -> (B, 3, H, W) float32, normalised there, channels last in memory."""
     images = images.to(device, non_blocking=True).permute(0, 3, 1, 2)
-    mean = torch.tensor(MEAN, device=device).view(1, 3, 1, 1)
-    std = torch.tensor(STD, device=device).view(1, 3, 1, 1)
-    return ((images.float() / 255 - mean) / std).contiguous(memory_format=torch.channels_last)
+    # Filled there: copying constants from the host would wait for the device.
+    mean, std = (torch.stack([torch.full((1, 1), v, device=device) for v in part]) for part in (MEAN, STD))
+    scaled = images.to(torch.float32, copy=True).div_(255).sub_(mean).div_(std)
+    return scaled.contiguous(memory_format=torch.channels_last)
 
 
-def _load(pictures: Pictures, batches: Iterator[np.ndarray], workers: int) -> Iterator[Batch]:
-    loader: DataLoader[tuple[np.ndarray, int]] = DataLoader(
-        pictures,
-        batch_sampler=[b.tolist() for b in batches],
-        num_workers=workers,
-        collate_fn=_collate,
-        pin_memory=torch.cuda.is_available(),
-    )
+def load(
+    batches: Iterable[Sequence[S]], read: Read[S], *, side: int, threads: int, draws: int
+) -> Iterator[Batch]:
+    """The batches in their order; threads read the next ones meanwhile. Without threads, the caller does it.
+
+    side: of the pictures, in pixels; draws: numbers a sample.
+    Raises ShardError where no sample of a batch can be read.
+    """
+    pool = ThreadPoolExecutor(threads, thread_name_prefix="loader") if threads else None
+    waiting: deque[tuple[Tensor, Tensor, Iterator[Outcome]]] = deque()
     try:
-        yield from loader
-        return
-    except ShardError as error:
-        lines = str(error).splitlines()
-        error.__traceback__ = None  # it holds the loader, which would wait 5 seconds for each worker
-    # Of a loader worker's error the last line is ours; the others tell how torch brought it here.
-    raise ShardError(lines[-1].removeprefix(f"{ShardError.__module__}.{ShardError.__name__}: "))
+        for batch in batches:
+            shape = (len(batch), side, side, 3)
+            images = torch.empty(shape, dtype=torch.uint8, pin_memory=torch.cuda.is_available())
+            numbers = torch.empty(len(batch), draws)
+            waiting.append((images, numbers, (pool.map if pool else map)(read, batch, images, numbers)))
+            while waiting and (len(waiting) - 1) * len(batch) >= AHEAD * threads:
+                yield _finish(*waiting.popleft())
+        while waiting:
+            yield _finish(*waiting.popleft())
+    finally:
+        if pool:
+            pool.shutdown(cancel_futures=True)
 
 
-def _collate(samples: list[tuple[np.ndarray, int]]) -> Batch:
-    images, labels = zip(*samples, strict=True)
-    return Batch(torch.from_numpy(np.stack(images)), torch.tensor(labels))
+def _finish(images: Tensor, draws: Tensor, work: Iterator[Outcome]) -> Batch:
+    """Wait for a batch. Who cannot be read is logged, and replaced by the next that can."""
+    outcomes = list(work)
+    n, bad = len(outcomes), [j for j, outcome in enumerate(outcomes) if outcome.fault]
+    for j in bad:
+        log.warning("bad_sample %s", outcomes[j].fault)
+    if len(bad) == n:
+        raise ShardError(f"none of the {n} samples of a micro-batch can be read: {outcomes[-1].fault}")
+    lost = tuple(outcomes[j].shard for j in bad)
+    good = [next(g % n for g in range(j, j + n) if not outcomes[g % n].fault) for j in range(n)]
+    for j in bad:
+        images[j], draws[j] = images[good[j]], draws[good[j]]
+    labels = torch.tensor([outcomes[g].label for g in good])
+    ids = np.array([outcomes[g].id for g in good], np.int64)
+    return Batch(images, labels.pin_memory() if images.is_pinned() else labels, ids, draws, lost)

@@ -7,19 +7,21 @@ import torch
 from torch import Tensor, nn
 
 from pipeline.data import Batch, to_device
+from pipeline.order import Certificate, certify
 from pipeline.step import eval_step, world_sums
 
 CPU = torch.device("cpu")
 
 
 class Evaluation(NamedTuple):
-    """Accuracies in percent, the mean cross-entropy, and how many samples were seen and right."""
+    """Accuracies in percent, the mean cross-entropy, how many samples were right, how many seen, and which."""
 
     top1: float
     top5: float
     loss: float
     correct: int
     samples: int
+    certificate: str  # of the samples seen: the same for any number of ranks
 
     def metrics(self) -> dict[str, float]:
         return {
@@ -46,27 +48,40 @@ def evaluate(
     forward: Callable[[Tensor], Tensor],
     batches: Iterable[Batch],
     *,
-    expected: int,
+    expected: Certificate,
+    salt: int,
     device: torch.device = CPU,
 ) -> Evaluation:
     """Evaluate on all ranks together; each passes its own part of the split.
 
     forward: uint8 images (B, H, W, 3) -> logits or log-probabilities (B, classes), in eval mode.
+    expected, salt: the certificate of the whole split, and its salt.
     device: where a rank without batches, of a split smaller than the world, takes part in the sum.
-    Raises RuntimeError unless the parts together hold exactly `expected` samples.
+    Raises RuntimeError unless the parts together hold each sample exactly once.
     """
     keys = ("loss", "correct", "correct5", "count")
     sums = {key: torch.zeros((), device=device, dtype=torch.float64) for key in keys}
+    seen = Certificate(0, 0)
     for batch in batches:
         sums = {key: sums[key] + value for key, value in eval_step(forward, batch).items()}
-    total = world_sums(sums)
+        seen += certify(batch.ids, salt)
+    # Halves of the hash: their sums over the ranks are exact in float64.
+    halves = {"low": seen.sum % 2**32, "high": seen.sum >> 32}
+    total = world_sums(
+        {**sums, **{k: torch.tensor(float(v), device=device, dtype=torch.float64) for k, v in halves.items()}}
+    )
     count = round(total["count"])
-    if count != expected:
-        raise RuntimeError(f"evaluation saw {count} samples, expected each of {expected} exactly once")
+    found = Certificate(count, (round(total["low"]) + (round(total["high"]) << 32)) % 2**64)
+    if found != expected:
+        raise RuntimeError(
+            f"evaluation saw {count} samples, expected each of {expected.samples} exactly once "
+            f"(certificate {found}, expected {expected})"
+        )
     return Evaluation(
         top1=100 * total["correct"] / count,
         top5=100 * total["correct5"] / count,
         loss=total["loss"] / count,
         correct=round(total["correct"]),
         samples=count,
+        certificate=str(found),
     )

@@ -18,6 +18,7 @@ from pipeline.config import (
     read_yaml,
     validate,
 )
+from pipeline.foreign import local_tars
 from pipeline.manifest import Manifest, read_manifest
 from pipeline.rundir import Out, RunDir, read_json, write_atomic, write_json
 
@@ -31,9 +32,13 @@ def prepare(out: Out, config: Config) -> RunDir:
     network = build_model(config, len(manifest.classes), device="meta")
     config = _canonical(config)
     try:
-        order.steps_per_epoch(len(manifest.split("train")), config.optim.global_batch)
+        order.steps_per_epoch(train_samples(config, manifest), config.optim.global_batch)
     except ValueError as error:
         raise ConfigError(str(error)) from None
+    if config.data.stream:
+        local_tars(config.data.stream)
+    if not len(manifest.split("val")):
+        raise ConfigError(f"{manifest.folder}: no val samples to evaluate on; next: make a set with some")
     key = fingerprint(config, manifest.digest)
     run = out.run(f"{config.model.name}-{key[:10]}")
     place = str(manifest.folder.absolute())
@@ -52,6 +57,11 @@ def prepare(out: Out, config: Config) -> RunDir:
         }
         write_json(run.facts, facts)
     return run
+
+
+def train_samples(config: Config, manifest: Manifest) -> int:
+    """Samples of an epoch."""
+    return config.data.stream_samples or len(manifest.split("train"))
 
 
 def read_run(run: RunDir) -> tuple[Config, Manifest]:

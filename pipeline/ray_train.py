@@ -36,7 +36,7 @@ def fit(run: RunDir, resources: Resources, callbacks: Sequence[Any] = ()) -> dic
     with hold(run.lock, f"run {run.name}"):
         trainer = TorchTrainer(
             _work,  # type: ignore[arg-type]
-            train_loop_config={"run": str(run.path), "loader_workers": resources.cpus_per_worker - 1},
+            train_loop_config={"run": str(run.path), "loader_threads": loader_threads(resources)},
             scaling_config=ScalingConfig(
                 num_workers=low if low == high else (low, high),  # type: ignore[arg-type]
                 use_gpu=gpus > 0,
@@ -61,6 +61,11 @@ def fit(run: RunDir, resources: Resources, callbacks: Sequence[Any] = ()) -> dic
     if fault:
         raise InputError(f"run {run.name}: {fault}")
     return dict(read_json(run.result)["metrics"])
+
+
+def loader_threads(resources: Resources) -> int:
+    """One CPU of a worker trains, the others read; beside a GPU one reads at least."""
+    return max(resources.cpus_per_worker - 1, 1 if resources.gpus_per_worker else 0)
 
 
 def check_room(resources: Resources) -> None:
@@ -96,7 +101,7 @@ def _work(settings: dict[str, Any]) -> str | None:
     """What each worker runs; returns the fault that every rank has met, since no restart would mend it."""
     import ray.train
 
-    from pipeline.train import train
+    from pipeline.train import TooManyBad, train
 
     run = RunDir(Path(settings["run"]))
     rank = ray.train.get_context().get_world_rank()
@@ -108,9 +113,9 @@ def _work(settings: dict[str, Any]) -> str | None:
         train(
             run,
             report=lambda metrics: ray.train.report(dict(metrics)),
-            loader_workers=settings["loader_workers"],
+            loader_threads=settings["loader_threads"],
         )
-    except FloatingPointError as error:
+    except (FloatingPointError, TooManyBad) as error:
         return str(error)
     return None
 

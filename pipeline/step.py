@@ -11,7 +11,9 @@ from torch import Tensor, nn
 from torch.nn.functional import cross_entropy
 from torch.nn.parallel import DistributedDataParallel
 
-from pipeline.data import Batch, to_device
+from pipeline.batch_augment import augment_batch
+from pipeline.config import AugmentConfig
+from pipeline.data import Batch
 
 
 @dataclass
@@ -26,32 +28,48 @@ class TrainState:
 
 
 def train_step(
-    state: TrainState, batches: Sequence[Batch], *, first: int, seed: int, lr: float, label_smoothing: float
+    state: TrainState,
+    batches: Sequence[Batch],
+    *,
+    first: int,
+    seed: int,
+    lr: float,
+    label_smoothing: float,
+    augment: AugmentConfig,
+    classes: int,
 ) -> dict[str, Tensor]:
-    """One optimizer step on this rank's micro-batches of a global batch.
+    """One optimizer step on this rank's micro-batches of a global batch, augmented on the device.
 
     first: the number of the first of them, counted over all ranks since training began. What the network
     draws at random (stochastic depth) depends on seed and that number: not on the world, nor on a restart.
 
     The gradient is the mean over all micro-batches of all ranks. Batch norm normalises each micro-batch by
     itself; its running statistics move once, by the mean over all of them: so neither depends on the
-    number of ranks. Returns device sums over this rank's samples: loss, correct, count.
+    number of ranks. Returns device sums over this rank's samples: loss, correct, count, bad.
     """
     state.model.train()
     state.optimizer.zero_grad(set_to_none=True)
-    sums = {key: torch.zeros((), device=state.device) for key in ("loss", "correct", "count")}
+    sums = {key: torch.zeros((), device=state.device) for key in ("loss", "correct", "count", "bad")}
     statistics = _Statistics(state.model)
     for i, batch in enumerate(batches):
         last = i == len(batches) - 1
         random = _random_numbers(seed, first + i, state.device)
         with nullcontext() if last else _no_sync(state.replica), statistics.apart(), random:
-            images, labels = to_device(batch.images, state.device), batch.labels.to(state.device)
+            labels = batch.labels.to(state.device, non_blocking=True)
+            images, targets = augment_batch(
+                batch.images.to(state.device, non_blocking=True),
+                labels,
+                batch.draws,
+                augment,
+                classes=classes,
+            )
             logits = state.replica(images)
-            loss = cross_entropy(logits, labels, label_smoothing=label_smoothing)
+            loss = cross_entropy(logits, targets, label_smoothing=label_smoothing)
             (loss / len(batches)).backward()  # type: ignore[no-untyped-call]
         sums["loss"] += loss.detach() * len(labels)
         sums["correct"] += (logits.detach().argmax(1) == labels).sum()
         sums["count"] += len(labels)
+        sums["bad"] += len(batch.bad)
     statistics.move()
     for group in state.optimizer.param_groups:
         group["lr"] = lr

@@ -4,9 +4,10 @@ import logging
 import math
 import os
 import time
+from collections import Counter
 from collections.abc import Callable, Iterator
 from itertools import islice
-from typing import NamedTuple
+from typing import Any, NamedTuple, TypeVar
 
 import torch
 import torch.distributed as dist
@@ -15,13 +16,15 @@ from torch.nn.parallel import DistributedDataParallel
 
 from gsa_models import probe
 from pipeline import checkpoint, data, metrics, order
+from pipeline.batch_augment import DRAWS
 from pipeline.config import Config, ConfigError
 from pipeline.evaluate import Evaluation, evaluate
-from pipeline.manifest import Manifest, Samples
+from pipeline.manifest import Manifest, Samples, ShardError
 from pipeline.optim import lr_at, optimizer, peak_lr
-from pipeline.plan import build_model, read_run
+from pipeline.plan import build_model, read_run, train_samples
 from pipeline.rundir import RunDir, sync, write_json
 from pipeline.step import TrainState, train_step, world_sums
+from pipeline.stream import stream_loader
 
 log = logging.getLogger("gsa")
 
@@ -29,6 +32,11 @@ LOG_EVERY = 50  # steps between two records of the journal; the end of an epoch 
 CALMER = "next: a lower optim.lr or more optim.warmup_epochs"
 
 Report = Callable[[dict[str, float]], None]
+T = TypeVar("T")
+
+
+class TooManyBad(ShardError):
+    """More train samples than are allowed cannot be read: all ranks find it out at the same step."""
 
 
 class Place(NamedTuple):
@@ -39,7 +47,7 @@ class Place(NamedTuple):
     device: torch.device
 
 
-def train(run: RunDir, report: Report, *, loader_workers: int = 0) -> dict[str, float]:
+def train(run: RunDir, report: Report, *, loader_threads: int = 0) -> dict[str, float]:
     """Train the run to its end, from its newest checkpoint if it has one; returns the final metrics.
 
     Runs alone, or on every rank of an initialised process group (torchrun, Ray Train). `report` is called
@@ -50,7 +58,7 @@ def train(run: RunDir, report: Report, *, loader_workers: int = 0) -> dict[str, 
     place = this_place()
     if place.device.type == "cuda":
         torch.cuda.set_device(place.device)
-    loop = _Loop(config, manifest, run, place, loader_workers)
+    loop = _Loop(config, manifest, run, place, loader_threads)
     # 1. weights, optimizer and step come from the newest intact checkpoint, the same on every rank
     loop.resume()
     # 2. what the journal says of later steps is forgotten: those steps come again
@@ -70,17 +78,19 @@ class _Loop:
     """What lives between epochs."""
 
     def __init__(
-        self, config: Config, manifest: Manifest, run: RunDir, place: Place, loader_workers: int
+        self, config: Config, manifest: Manifest, run: RunDir, place: Place, loader_threads: int
     ) -> None:
-        self.config, self.run, self.place, self.loader_workers = config, run, place, loader_workers
+        self.config, self.run, self.place, self.loader_threads = config, run, place, loader_threads
         self.samples, self.val = manifest.split("train"), manifest.split("val")
         optim = config.optim
         self.share = config.micro_batches // place.world  # micro-batches of a step on this rank
         if config.micro_batches % place.world:
             raise ConfigError(f"{place.world} ranks cannot share {config.micro_batches} micro-batches")
-        self.steps = order.steps_per_epoch(len(self.samples), optim.global_batch)
+        self.epoch_samples = train_samples(config, manifest)
+        self.steps = order.steps_per_epoch(self.epoch_samples, optim.global_batch)
         self.last: dict[str, float] = {}
-        model = build_model(config, len(manifest.classes))
+        self.classes = len(manifest.classes)
+        model = build_model(config, self.classes)
         model = model.to(place.device, memory_format=torch.channels_last)  # type: ignore[call-overload]
         self.state = TrainState(model, model, optimizer(model, optim), place.device)
 
@@ -110,12 +120,14 @@ class _Loop:
         start = time.monotonic()
         trained = self._train_epoch()
         self._check_weights()
-        result = {**trained, **self._evaluate().metrics(), "time/epoch_s": time.monotonic() - start}
+        evaluation = self._evaluate()
+        result = {**trained, **evaluation.metrics(), "time/epoch_s": time.monotonic() - start}
         self.last = result
         log.info(
-            "epoch=%d step=%d %s",
+            "epoch=%d step=%d certificate=%s %s",
             self.epoch,
             self.state.step,
+            evaluation.certificate,
             " ".join(f"{key}={value:.6g}" for key, value in result.items()),
         )
         if self.place.rank == 0:
@@ -126,8 +138,9 @@ class _Loop:
     def _train_epoch(self) -> dict[str, float]:
         optim, first = self.config.optim, self.state.step % self.steps
         total, warmup = optim.epochs * self.steps, round(optim.warmup_epochs * self.steps)
-        sums, due = _Sums(self.place.device), {}
+        sums, due, lost, shards = _Sums(self.place.device), {}, 0.0, Counter[str]()
         for batches in self._steps(first):
+            shards.update(shard for batch in batches for shard in batch.bad)
             lr = lr_at(self.state.step, peak=peak_lr(optim), total=total, warmup=warmup)
             sums.add(
                 train_step(
@@ -137,25 +150,45 @@ class _Loop:
                     seed=self.config.seed,
                     lr=lr,
                     label_smoothing=optim.label_smoothing,
+                    augment=self.config.augment,
+                    classes=self.classes,
                 )
             )
             step_in_epoch = self.state.step % self.steps
             if step_in_epoch == 0 or step_in_epoch % LOG_EVERY == 0:
                 due = {**sums.take(self.state.step), "train/lr": lr}
+                lost += due["train/bad_samples"]
+                self._check_bad(round(lost), shards)
                 if step_in_epoch and self.place.rank == 0:  # the last of an epoch goes with its evaluation
                     self._record(due)
         return due
 
-    def _steps(self, first: int) -> Iterator[list[data.Batch]]:
-        loader = data.train_loader(
-            self.samples,
-            self.config,
-            epoch=self.epoch,
-            first_step=first,
-            rank=self.place.rank,
-            world=self.place.world,
-            workers=self.loader_workers,
+    def _check_bad(self, lost: int, shards: Counter[str]) -> None:
+        """Refuse to go on without more samples than the config allows: on all ranks at the same step."""
+        allowed = int(self.config.data.max_bad * self.epoch_samples)
+        if lost <= allowed:
+            return
+        everywhere = sum(_from_all_ranks(shards, self.place), Counter[str]())
+        name, count = everywhere.most_common(1)[0]
+        raise TooManyBad(
+            f"{lost} of {self.epoch_samples} train samples could not be read by step {self.state.step}; "
+            f"data.max_bad {self.config.data.max_bad} allows {allowed} an epoch; worst shard: {name} ({count}); "
+            "next: `gsa shards verify`, then make the set again"
         )
+
+    def _steps(self, first: int) -> Iterator[list[data.Batch]]:
+        place: dict[str, int] = {
+            "epoch": self.epoch,
+            "first_step": first,
+            "rank": self.place.rank,
+            "world": self.place.world,
+            "threads": self.loader_threads,
+            "draws": DRAWS,
+        }
+        if self.config.data.stream:
+            loader = stream_loader(self.config, classes=self.classes, **place)
+        else:
+            loader = data.train_loader(self.samples, self.config, **place)
         while batches := list(islice(loader, self.share)):
             yield batches
 
@@ -166,13 +199,13 @@ class _Loop:
                 raise FloatingPointError(f"{name} is no longer finite at step {self.state.step}; {CALMER}")
 
     def _evaluate(self) -> Evaluation:
-        return evaluate_split(self.state.model, self.config, self.val, self.place, self.loader_workers)
+        return evaluate_split(self.state.model, self.config, self.val, self.place, self.loader_threads)
 
     def _probe(self) -> dict[str, float]:
         """What each GSA module does with the first val batch, if the config asks."""
         if not self.config.probe:
             return {}
-        batch = next(data.eval_loader(self.val, self.config, rank=0, world=1, workers=0))
+        batch = next(data.eval_loader(self.val, self.config, rank=0, world=1, threads=0))
         return probe.metrics(probe.probe(self.state.model, data.to_device(batch.images, self.place.device)))
 
     def _record(self, values: dict[str, float]) -> None:
@@ -224,19 +257,21 @@ class _Sums:
             "train/loss": total["loss"] / count,
             "train/top1": 100 * total["correct"] / count,
             "train/images_per_s": count / seconds,
+            "train/bad_samples": total["bad"],
         }
 
 
 def evaluate_split(
-    model: nn.Module, config: Config, samples: Samples, place: Place, loader_workers: int = 0
+    model: nn.Module, config: Config, samples: Samples, place: Place, loader_threads: int = 0
 ) -> Evaluation:
     """Exact evaluation of the model on all samples of a split, by all ranks together."""
-    model.eval()
-    batches = data.eval_loader(samples, config, rank=place.rank, world=place.world, workers=loader_workers)
+    model.to(place.device).eval()
+    batches = data.eval_loader(samples, config, rank=place.rank, world=place.world, threads=loader_threads)
     return evaluate(
         lambda images: model(data.to_device(images, place.device)),
         batches,
-        expected=len(samples),
+        expected=samples.certificate,
+        salt=samples.salt,
         device=place.device,
     )
 
@@ -256,3 +291,11 @@ def _from_rank_0(value: int, place: Place) -> int:
     tensor = torch.tensor(value, device=place.device)
     dist.broadcast(tensor, 0)
     return int(tensor)
+
+
+def _from_all_ranks(value: T, place: Place) -> list[T]:
+    if place.world == 1:
+        return [value]
+    values: list[Any] = [None] * place.world
+    dist.all_gather_object(values, value)
+    return values

@@ -14,7 +14,7 @@ from pipeline import augment, data, registry, server, tracking
 from pipeline.config import Config, InputError, Resources, dump, read_yaml, validate
 from pipeline.decode import DecodeError, decode
 from pipeline.evaluate import Classifier, Evaluation, evaluate
-from pipeline.manifest import Manifest, read_manifest
+from pipeline.manifest import Manifest, Samples, read_manifest
 from pipeline.mirror import Epochs, mirrored
 from pipeline.pictures import ShardsConfig
 from pipeline.plan import load_trained, read_run
@@ -34,7 +34,7 @@ PREDICT_BATCH = 64
 
 def build_shards(out: Out, config: ShardsConfig, *, replace: bool = False) -> Built:
     """Write the shards of a source, or find them made already."""
-    with bar("shards", "samples") as update:
+    with bar("shards", "pictures checked, written") as update:
         folder = out.shards(config.name)
         return build(config, folder, progress=lambda done, of: update(done, of, ""), replace=replace)
 
@@ -92,20 +92,20 @@ def evaluate_model(out: Out, source: str, shards: str | None) -> Evaluation:
         model, config, manifest = load_trained(out.find_run(source))
         if shards:
             manifest = _same_classes(read_manifest(out.shards(shards)), manifest.classes)
-        return evaluate_split(model, config, manifest.split("val"), this_place())
+        return evaluate_split(model, config, _val(manifest), this_place(), _threads())
     if not shards:
         raise InputError(f"{source}: which pictures? next: --shards NAME or --shards DIR")
     loaded = registry.load(source, out.tracking_uri)
     manifest = _same_classes(read_manifest(out.shards(shards)), loaded.classes)
     values = {"image_size": loaded.image_size, "crop_pct": loaded.crop_pct}
     config = Config(data=Config().data.model_copy(update=values))
-    samples = manifest.split("val")
+    samples = _val(manifest)
 
     def forward(images: Tensor) -> Tensor:
         return torch.from_numpy(loaded.predict(images.numpy())).double().clamp_min(1e-38).log()
 
-    batches = data.eval_loader(samples, config, rank=0, world=1, workers=0)
-    return evaluate(forward, batches, expected=len(samples))
+    batches = data.eval_loader(samples, config, rank=0, world=1, threads=_threads())
+    return evaluate(forward, batches, expected=samples.certificate, salt=samples.salt)
 
 
 def register(
@@ -115,22 +115,23 @@ def register(
     if not run.result.exists():
         raise InputError(f"run {run.name} is not complete; next: train it to its end")
     network, config, manifest = load_trained(run)
-    result = evaluate_split(network, config, manifest.split("val"), this_place())
+    result = evaluate_split(network, config, manifest.split("val"), this_place(), _threads())
     facts, samples = read_json(run.facts), manifest.split("val")
-    pictures = data.Pictures(samples, config, epoch=None)
     tags = {
         "gsa.run": run.name,
         "gsa.fingerprint": facts["fingerprint"],
         "gsa.shards_digest": manifest.digest,
         "gsa.val_top1": f"{result.top1:.4f}",
         "gsa.val_count": str(result.samples),
+        "gsa.val_certificate": result.certificate,
         **({"gsa.sweep": sweep} if sweep else {}),
     }
     registered = registry.register(
         tracking.open_store(out.tracking_uri, out.artifacts),
         model_name=name,
-        classifier=Classifier(network).eval(),
-        example=np.stack([pictures[i][0] for i in range(2)]),  # of one, the batch would be fixed
+        classifier=Classifier(network.cpu()).eval(),
+        # Of one, the batch would be fixed.
+        example=np.stack([data.eval_picture(samples, i, config.data) for i in (0, len(samples) - 1)]),
         metadata={
             "classes": list(manifest.classes),
             "image_size": config.data.image_size,
@@ -205,9 +206,23 @@ def _classifier(out: Out, source: str) -> tuple[Callable[[Any], Any], Sequence[s
 def _picture(file: Path, size: int, pct: float) -> Any:
     """uint8 (size, size, 3), or why the file cannot be read."""
     try:
-        return np.asarray(augment.center_crop(decode(file.read_bytes()), size=size, pct=pct))
+        return augment.center_crop(decode(file.read_bytes()), size=size, pct=pct)
     except (OSError, DecodeError) as error:
         return str(error)
+
+
+def _val(manifest: Manifest) -> Samples:
+    samples = manifest.split("val")
+    if not len(samples):
+        raise InputError(
+            f"{manifest.folder}: no val samples to evaluate on; next: name another set (--shards)"
+        )
+    return samples
+
+
+def _threads() -> int:
+    """Of the loader, where one process evaluates: some of the machine, which others may use too."""
+    return min(8, os.cpu_count() or 1)
 
 
 def _same_classes(manifest: Manifest, classes: Sequence[str]) -> Manifest:

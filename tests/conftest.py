@@ -1,5 +1,6 @@
 """What tests share: little pictures, shards made of them, a run's settings; and what was not tested here."""
 
+import multiprocessing
 import os
 import shutil
 import tempfile
@@ -11,7 +12,15 @@ from typing import Any
 import pytest
 
 HOME = pytest.StashKey[str]()
-ELSEWHERE = ("GSA_OUT", "MLFLOW_TRACKING_URI", "RAY_ADDRESS", "XDG_CACHE_HOME", "XDG_CONFIG_HOME")
+ELSEWHERE = (
+    "GSA_CACHE",
+    "GSA_CACHE_GB",
+    "GSA_OUT",
+    "MLFLOW_TRACKING_URI",
+    "RAY_ADDRESS",
+    "XDG_CACHE_HOME",
+    "XDG_CONFIG_HOME",
+)
 GPU = "no CUDA device (marker gpu): run on a machine that has one"
 SLURM = "no Slurm (marker slurm): run on a login node, where `sinfo` is found"
 PHOTOS = "GSA_PHOTOS is not set: name a folder of photographs, a class per sub-folder"
@@ -132,3 +141,58 @@ def mini_config() -> Callable[..., Any]:
         return validate(Config, values, where="mini_config")
 
     return make
+
+
+# --- processes of our own ----------------------------------------------------------------------------------
+
+
+@pytest.fixture(scope="session")
+def forks() -> Any:
+    """A process that has imported torch, and what it imports later, and forks a new one for each rank."""
+    context = multiprocessing.get_context("forkserver")
+    context.set_forkserver_preload(
+        ["pytest", "pipeline.train", "torch._dynamo", "pandas", "PIL.PngImagePlugin"]
+    )
+    with pytest.MonkeyPatch.context() as patch:
+        patch.setenv("OMP_NUM_THREADS", "1")
+        patch.setenv("GLOO_SOCKET_IFNAME", "lo")
+        warm = context.Process(target=len, args=((),))
+        warm.start()
+        warm.join()
+    return context
+
+
+@pytest.fixture(scope="session")
+def photos(tmp_path_factory: pytest.TempPathFactory) -> Path:
+    """32 little JPEGs, PNGs and WebPs of 12x9 pixels in the sub-folders ant, bee, cat. Not to be changed."""
+    from photos import write_photos
+
+    return write_photos(tmp_path_factory.mktemp("photos"), {"ant": 10, "bee": 15, "cat": 7})
+
+
+@pytest.fixture(scope="session")
+def built(photos: Path, tmp_path_factory: pytest.TempPathFactory) -> Path:
+    """Shards of `photos`: 26 train samples, 6 val, 8 in a shard. Not to be changed."""
+    from photos import settings
+
+    from pipeline.shards import build
+
+    folder = tmp_path_factory.mktemp("built") / "set"
+    build(settings(photos), folder)
+    return folder
+
+
+@pytest.fixture
+def own(built: Path, tmp_path: Path) -> Path:
+    """A copy to damage."""
+    return shutil.copytree(built, tmp_path / "own")
+
+
+@pytest.fixture(scope="session")
+def digits(tmp_path_factory: pytest.TempPathFactory) -> Any:
+    """The manifest of the digits as shards, 8x8 pixels."""
+    from pipeline.pictures import ShardsConfig
+    from pipeline.shards import build
+
+    config = ShardsConfig(name="digits", source="digits", image_size=8)
+    return build(config, tmp_path_factory.mktemp("digits") / "digits").manifest

@@ -223,8 +223,11 @@ OPTIM_FIELDS = (
     ("text", "message"),
     [
         ("optim.lrr=1", f"optim.lrr is unknown; did you mean optim.lr? ({OPTIM_FIELDS})"),
-        ("modle.name=x", "modle is unknown; did you mean model? (fields: seed, probe, model, data, optim)"),
-        ("zzz=1", "zzz is unknown (fields: seed, probe, model, data, optim)"),
+        (
+            "modle.name=x",
+            "modle is unknown; did you mean model? (fields: seed, probe, model, data, augment, optim)",
+        ),
+        ("zzz=1", "zzz is unknown (fields: seed, probe, model, data, augment, optim)"),
         ("optim..lr=3", f"optim. is unknown ({OPTIM_FIELDS})"),
         ("optim.lr='0.1'", "optim.lr: expected a valid number, got '0.1'"),
         ("optim.lr=", "optim.lr: expected a valid number, got None"),
@@ -339,6 +342,17 @@ CHANGED = {
     "data.crop_scale": "[0.1, 1.0]",
     "data.flip": 0.25,
     "data.crop_pct": 0.9,
+    "data.shuffle_block": 1000,
+    "data.max_bad": 0.01,
+    "data.stream": "a data.stream_samples=9",  # both or none
+    "data.stream_samples": "9 data.stream=b",
+    "augment.policy": "randaugment",
+    "augment.ops": 3,
+    "augment.magnitude": 10,
+    "augment.color_jitter": 0.4,
+    "augment.erase": 0.25,
+    "augment.mixup": 0.2,
+    "augment.cutmix": 1.0,
     "optim.name": "adamw",
     "optim.lr": 0.1000001,
     "optim.momentum": 0.8,
@@ -354,7 +368,8 @@ CHANGED = {
 def test_changing_any_field_changes_the_fingerprint() -> None:
     """A new field has to get a line in CHANGED."""
     assert {*CHANGED, "data.shards"} == set(flat(Config()))
-    prints = {fingerprint(override(Config(), [f"{k}={v}"]), "d") for k, v in CHANGED.items()}
+    changes = [re.split(r" (?=data)", f"{k}={v}") for k, v in CHANGED.items()]
+    prints = {fingerprint(override(Config(), change), "d") for change in changes}
     prints.add(fingerprint(Config(), "d"))
     prints.add(fingerprint(Config(), "other pictures"))
     assert len(prints) == len(CHANGED) + 2

@@ -3,6 +3,7 @@
 import http.client
 import json
 import os
+import shutil
 import signal
 import stat
 import subprocess
@@ -18,9 +19,10 @@ import pytest
 
 from pipeline import checkpoint
 from pipeline.config import InputError, Resources
+from pipeline.manifest import read_manifest
 from pipeline.plan import prepare
 from pipeline.ray_session import session
-from pipeline.ray_train import fit
+from pipeline.ray_train import fit, loader_threads
 from pipeline.rundir import Out, hold, read_json, write_json
 from pipeline.sweep import Asha, Outcome, Sweep, ended_trials, trials
 from pipeline.tune import epoch_records, search
@@ -112,6 +114,29 @@ def test_a_complete_run_is_not_trained_again(out: Out, mini_config) -> None:
     run = prepare(out, mini_config(seed=3))
     run.result.write_text(json.dumps({"metrics": {"val/top1": 1.0}}))
     assert fit(run, TWO) == {"val/top1": 1.0}  # without any Ray
+
+
+def test_too_many_bad_samples_end_a_run_without_a_restart(
+    ray: None, mini: Path, out: Out, tmp_path: Path, mini_config
+) -> None:
+    """No restart would mend them."""
+    folder = shutil.copytree(mini, out.root / "shards" / "damaged")
+    samples = read_manifest(folder).split("train")
+    content = bytearray((folder / "train-000000.tar").read_bytes())
+    for i in range(0, 54, 9):
+        content[int(samples.offset[i]) + 60] ^= 4
+    (folder / "train-000000.tar").write_bytes(content)
+    run = prepare(out, mini_config(shards="damaged", max_bad=0.01))
+    with pytest.raises(
+        InputError, match=r"\d of 54 train samples could not be read by step 3; data.max_bad 0.01"
+    ):
+        fit(run, TWO)
+    assert (run.logs / "rank0.log").read_text().count("start step=") == 1
+
+
+@pytest.mark.parametrize(("cpus", "gpus", "threads"), [(1, 0, 0), (4, 0, 3), (1, 1, 1), (8, 1, 7)])
+def test_a_worker_beside_a_gpu_reads_ahead(cpus: int, gpus: float, threads: int) -> None:
+    assert loader_threads(Resources(cpus_per_worker=cpus, gpus_per_worker=gpus)) == threads
 
 
 def test_a_killed_worker_changes_nothing(ray: None, out: Out, mini_config) -> None:

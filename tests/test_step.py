@@ -12,14 +12,15 @@ import torch
 from torch import Tensor, nn
 
 from gsa_models import create_model
-from pipeline.config import OptimConfig
+from pipeline.batch_augment import DRAWS
+from pipeline.config import AugmentConfig, OptimConfig
 from pipeline.data import Batch, to_device
-from pipeline.evaluate import Classifier, evaluate
 from pipeline.optim import lr_at, optimizer, peak_lr
-from pipeline.step import TrainState, eval_step, train_step, world_sums
+from pipeline.step import TrainState, train_step, world_sums
 
 CPU = torch.device("cpu")
 LR, MOMENTUM, DECAY, SMOOTHING = 0.3, 0.9, 0.05, 0.1
+PLAIN: dict[str, Any] = {"augment": AugmentConfig(), "classes": 3}
 OPTIM = OptimConfig(momentum=MOMENTUM, weight_decay=DECAY)
 
 
@@ -49,6 +50,8 @@ def batches(number: int, *, size: int = 4, seed: int = 0) -> list[Batch]:
         Batch(
             torch.from_numpy(rng.integers(0, 256, (size, 32, 32, 3), np.uint8)),
             torch.from_numpy(rng.integers(0, 3, size)),
+            np.arange(size),
+            torch.rand(size, DRAWS, generator=torch.Generator().manual_seed(seed)),
         )
         for _ in range(number)
     ]
@@ -92,7 +95,7 @@ def step_plainly(
     for name, buffer in after.named_buffers():
         buffer.copy_(torch.stack([dict(twin.named_buffers())[name] for twin in copies]).double().mean(0))
     count = sum(len(part.labels) for part in parts)
-    return after, {"loss": sum(losses) / len(losses) * count, "correct": correct, "count": count}
+    return after, {"loss": sum(losses) / len(losses) * count, "correct": correct, "count": count, "bad": 0.0}
 
 
 @pytest.mark.parametrize("number", [1, 3])
@@ -101,13 +104,15 @@ def test_a_step_is_the_mean_over_its_micro_batches(number: int, monkeypatch: pyt
 
     In float64, because batch norm over four samples magnifies the rounding of float32.
     """
-    monkeypatch.setattr("pipeline.step.to_device", lambda images, device: to_device(images, device).double())
+    monkeypatch.setattr(
+        "pipeline.batch_augment.to_device", lambda images, device: to_device(images, device).double()
+    )
     expected, velocity = small_model().double(), {}
     state = new_state(copy.deepcopy(expected))
     for turn in range(2):
         parts = batches(number, seed=turn)
         expected, sums = step_plainly(expected, velocity, parts)
-        found = train_step(state, parts, first=0, seed=0, lr=LR, label_smoothing=SMOOTHING)
+        found = train_step(state, parts, first=0, seed=0, lr=LR, label_smoothing=SMOOTHING, **PLAIN)
         assert {k: float(v) for k, v in found.items()} == pytest.approx(sums, rel=1e-5)
         assert state.step == turn + 1
         for (name, one), other in zip(
@@ -120,8 +125,8 @@ def test_running_statistics_move_once_a_step_whatever_the_micro_batches() -> Non
     """Three equal micro-batches move them exactly as far as one of them."""
     part = batches(1)[0]
     once, thrice = new_state(small_model()), new_state(small_model())
-    train_step(once, [part], first=0, seed=0, lr=0.0, label_smoothing=0.0)
-    train_step(thrice, [part] * 3, first=0, seed=0, lr=0.0, label_smoothing=0.0)
+    train_step(once, [part], first=0, seed=0, lr=0.0, label_smoothing=0.0, **PLAIN)
+    train_step(thrice, [part] * 3, first=0, seed=0, lr=0.0, label_smoothing=0.0, **PLAIN)
     start = small_model().state_dict()
     for name, value in once.model.state_dict().items():
         if "running" in name or "tracked" in name:
@@ -133,7 +138,7 @@ def test_a_step_trains_also_after_an_evaluation() -> None:
     state = new_state(small_model())
     state.model.eval()
     before = state.model.state_dict()["stem.1.running_mean"].clone()
-    train_step(state, batches(1), first=0, seed=0, lr=0.0, label_smoothing=0.0)
+    train_step(state, batches(1), first=0, seed=0, lr=0.0, label_smoothing=0.0, **PLAIN)
     assert state.model.training
     assert not torch.equal(state.model.state_dict()["stem.1.running_mean"], before)
 
@@ -143,7 +148,9 @@ def test_what_a_network_draws_depends_on_seed_and_micro_batch_alone() -> None:
 
     def loss(parts: list[Batch], *, first: int, seed: int = 0) -> float:
         state = new_state(small_model(drop_path=0.9))
-        return float(train_step(state, parts, first=first, seed=seed, lr=0.0, label_smoothing=0.0)["loss"])
+        return float(
+            train_step(state, parts, first=first, seed=seed, lr=0.0, label_smoothing=0.0, **PLAIN)["loss"]
+        )
 
     one, two = batches(2)
     assert loss([one, two], first=6) == pytest.approx(loss([one], first=6) + loss([two], first=7))
@@ -154,7 +161,7 @@ def test_what_a_network_draws_depends_on_seed_and_micro_batch_alone() -> None:
 def test_a_step_leaves_the_global_random_generator_alone() -> None:
     state = new_state(small_model(drop_path=0.5))
     before = torch.get_rng_state()
-    train_step(state, batches(1), first=0, seed=0, lr=0.1, label_smoothing=0.0)
+    train_step(state, batches(1), first=0, seed=0, lr=0.1, label_smoothing=0.0, **PLAIN)
     assert torch.equal(torch.get_rng_state(), before)
 
 
@@ -221,85 +228,8 @@ def test_the_peak_grows_with_the_global_batch() -> None:
     assert peak_lr(OptimConfig(lr=0.2, global_batch=64)) == pytest.approx(0.05)
 
 
-# --- evaluation --------------------------------------------------------------------------------------------
-
-
-def table_of(logits: Tensor) -> Any:
-    """A forward that looks the logits of a picture up by its first pixel."""
-    return lambda images: logits[images[:, 0, 0, 0].long()]
-
-
-def numbered(labels: Tensor, size: int) -> list[Batch]:
-    images = torch.arange(len(labels), dtype=torch.uint8).view(-1, 1, 1, 1).expand(-1, 2, 2, 3)
-    return [Batch(images[i : i + size], labels[i : i + size]) for i in range(0, len(labels), size)]
-
-
-@pytest.mark.parametrize("classes", [3, 10])
-def test_evaluation_counts_exactly(classes: int) -> None:
-    """Against counting by hand, also with fewer than five classes, and in batches of any size."""
-    torch.manual_seed(0)
-    logits, labels = torch.randn(50, classes), torch.randint(0, classes, (50,))
-    rows = [sorted(range(classes), key=lambda c, row=row: -float(row[c])) for row in logits]
-    top1 = sum(order[0] == label for order, label in zip(rows, labels.tolist(), strict=True))
-    top5 = sum(label in order[:5] for order, label in zip(rows, labels.tolist(), strict=True))
-    right = logits.double().softmax(1)[range(50), labels]
-    for size in (1, 7, 50):
-        found = evaluate(table_of(logits), numbered(labels, size), expected=50)
-        assert (found.correct, found.samples) == (top1, 50)
-        assert (found.top1, found.top5) == pytest.approx((100 * top1 / 50, 100 * top5 / 50))
-        assert found.loss == pytest.approx(float(-right.log().mean()))
-    assert found.metrics() == {
-        "val/top1": found.top1,
-        "val/top5": found.top5,
-        "val/loss": found.loss,
-        "val/count": 50.0,
-    }
-
-
-def test_log_probabilities_count_like_logits() -> None:
-    torch.manual_seed(0)
-    logits, batch = torch.randn(8, 7), numbered(torch.randint(0, 7, (8,)), 8)[0]
-    plain, normalised = eval_step(table_of(logits), batch), eval_step(table_of(logits.log_softmax(1)), batch)
-    for key in ("loss", "correct", "correct5", "count"):
-        assert float(plain[key]) == pytest.approx(float(normalised[key]), rel=1e-6)
-
-
-@pytest.mark.parametrize("drop", ["sample", "batch", "all"])
-def test_evaluation_refuses_to_report_on_a_part(drop: str) -> None:
-    logits, parts = torch.randn(10, 3), numbered(torch.zeros(10, dtype=torch.long), 4)
-    parts[2] = Batch(parts[2].images[1:], parts[2].labels[1:]) if drop == "sample" else parts[2]
-    parts = {"sample": parts, "batch": parts[1:], "all": []}[drop]
-    seen = {"sample": 9, "batch": 6, "all": 0}[drop]
-    with pytest.raises(
-        RuntimeError, match=f"evaluation saw {seen} samples, expected each of 10 exactly once"
-    ):
-        evaluate(table_of(logits), parts, expected=10)
-
-
-def test_evaluation_refuses_a_sample_too_many() -> None:
-    parts = numbered(torch.zeros(10, dtype=torch.long), 4)
-    with pytest.raises(RuntimeError, match="evaluation saw 14 samples, expected each of 10"):
-        evaluate(table_of(torch.randn(10, 3)), [*parts, parts[0]], expected=10)
-
-
-def test_evaluation_takes_no_gradients() -> None:
-    batch = batches(1)[0]
-    model = small_model()
-    sums = eval_step(lambda images: model(to_device(images, CPU)), batch)
-    assert not any(value.requires_grad for value in sums.values())
-
-
 def test_sums_of_one_rank_are_its_own() -> None:
     assert world_sums({"a": torch.tensor(1.5), "b": torch.tensor(2, dtype=torch.int64)}) == {
         "a": 1.5,
         "b": 2.0,
     }
-
-
-def test_the_classifier_gives_probabilities_of_raw_pictures() -> None:
-    model, batch = small_model().eval(), batches(1)[0]
-    with torch.no_grad():
-        found = Classifier(model)(batch.images)
-        logits, _ = forward_plainly(model, batch)
-    torch.testing.assert_close(found, logits.softmax(1))
-    torch.testing.assert_close(found.sum(1), torch.ones(4))

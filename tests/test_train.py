@@ -4,7 +4,6 @@ import errno
 import itertools
 import json
 import math
-import multiprocessing
 import os
 import random
 import re
@@ -25,18 +24,17 @@ import pytest
 import torch
 import torch.distributed as dist
 
-from pipeline import checkpoint, data, metrics, step, train
+from pipeline import batch_augment, checkpoint, data, metrics, train
 from pipeline.config import ConfigError, InputError
-from pipeline.data import Batch
-from pipeline.evaluate import evaluate
-from pipeline.manifest import ShardError
+from pipeline.manifest import ShardError, read_manifest
 from pipeline.pictures import ShardsConfig
 from pipeline.plan import build_model, load_trained, prepare, read_run
 from pipeline.rundir import Out, RunDir, read_json
 from pipeline.shards import build
 
 EPOCHS, STEPS = 3, 3  # of the runs in processes of their own; 54 samples make 3 steps of 16
-DROP = {"drop_path": 0.5}  # of the runs of two ranks: what is dropped may not depend on the ranks either
+# Of the runs of two ranks: nothing that is drawn may depend on the ranks.
+DRAWN = {"drop_path": 0.5, "policy": "randaugment", "erase": 0.3, "mixup": 0.2, "cutmix": 1.0}
 CALLS = ("fsync", "replace", "rename")  # of os: the moments at which something becomes visible, or lasting
 FILE, CHECKPOINT = 3, 9  # how many of them make a file; flush the journal and make a checkpoint of two files
 
@@ -48,7 +46,6 @@ def work(job: dict[str, Any]) -> None:
     """What such a process does: train as one rank of job["world"], with a journal record for each step."""
     sys.stderr = open(job["log"], "a", buffering=1)  # noqa: SIM115
     torch.set_num_threads(1)
-    multiprocessing.set_start_method("fork", force=True)  # as everywhere else, for the loader's workers
     rank, world = job["rank"], job["world"]
     if world > 1:
         dist.init_process_group("gloo", init_method=f"file://{job['meeting']}", rank=rank, world_size=world)
@@ -64,10 +61,8 @@ def work(job: dict[str, Any]) -> None:
     if job.get("seen"):
         note_samples(Path(job["seen"]) / f"rank-{rank}")
     run, reports = RunDir(Path(job["run"])), []
-    train.train(run, reports.append, loader_workers=job.get("loader_workers", 0))
+    train.train(run, reports.append, loader_threads=job.get("loader_threads", 0))
     (run.logs / f"reports-{rank}.json").write_text(json.dumps(reports))
-    if job.get("lonely"):
-        evaluate_on_rank_0_alone(rank)
     if world > 1:
         dist.destroy_process_group()
 
@@ -76,7 +71,7 @@ def compute_in_float64() -> None:
     """Batch norm over four samples magnifies rounding tenfold a step: in float32 six steps would not compare."""
     make, move = train.build_model, data.to_device
     train.build_model = lambda *args: make(*args).double()  # type: ignore[assignment,misc]
-    data.to_device = step.to_device = lambda *args: move(*args).double()  # type: ignore[attr-defined,assignment]
+    data.to_device = batch_augment.to_device = lambda *args: move(*args).double()  # type: ignore[attr-defined,assignment]
 
 
 def hang_at_step(number: int, sign: Path) -> None:
@@ -141,29 +136,6 @@ def note_samples(path: Path) -> None:
         return read(samples, i)
 
     data.read_sample = note  # type: ignore[assignment]
-
-
-def evaluate_on_rank_0_alone(rank: int) -> None:
-    """A split smaller than the world: the other ranks have nothing to look at and still take part."""
-    four = Batch(torch.zeros(4, 2, 2, 3, dtype=torch.uint8), torch.tensor([0, 0, 0, 1]))
-    found = evaluate(lambda images: torch.eye(3)[[0] * len(images)], [four] if rank == 0 else [], expected=4)
-    assert (found.correct, found.samples) == (3, 4)
-
-
-@pytest.fixture(scope="module")
-def forks() -> Any:
-    """A process that has imported torch, and what it imports later, and forks a new one for each rank."""
-    context = multiprocessing.get_context("forkserver")
-    context.set_forkserver_preload(
-        ["pytest", "pipeline.train", "torch._dynamo", "pandas", "PIL.PngImagePlugin"]
-    )
-    with pytest.MonkeyPatch.context() as patch:
-        patch.setenv("OMP_NUM_THREADS", "1")
-        patch.setenv("GLOO_SOCKET_IFNAME", "lo")
-        warm = context.Process(target=len, args=((),))
-        warm.start()
-        warm.join()
-    return context
 
 
 class Ranks:
@@ -334,8 +306,8 @@ def killed(forks: Any, mini: Path, mini_config: Any, tmp_path_factory: pytest.Te
     return run
 
 
-def test_loader_workers_change_nothing(forks: Any, alone: RunDir, out: Out, mini_config: Any) -> None:
-    run = Ranks(forks, prepare(out, mini_config(epochs=EPOCHS)), loader_workers=2).finish()
+def test_loader_threads_change_nothing(forks: Any, alone: RunDir, out: Out, mini_config: Any) -> None:
+    run = Ranks(forks, prepare(out, mini_config(epochs=EPOCHS)), loader_threads=2).finish()
     assert same_weights(run, alone)
     assert series(run) == series(alone)
 
@@ -350,10 +322,10 @@ def worlds(
     """The same run of two epochs on one rank and on two, each noting the samples that it reads."""
     runs = {}
     for world in (1, 2):
-        run = prepare(output(mini, tmp_path_factory.mktemp(f"world-{world}")), mini_config(**DROP))
+        run = prepare(output(mini, tmp_path_factory.mktemp(f"world-{world}")), mini_config(**DRAWN))
         (run.path / "seen").mkdir()
         seen = str(run.path / "seen")
-        runs[world] = Ranks(forks, run, world, double=True, seen=seen, lonely=True).finish()
+        runs[world] = Ranks(forks, run, world, double=True, seen=seen).finish()
     return runs
 
 
@@ -383,13 +355,14 @@ def test_all_ranks_together_see_every_sample_once_an_epoch(world: int, worlds: d
     assert [counts[f"val {i}"] for i in range(18)] == [2] * 18
     train_counts = [counts[f"train {i}"] for i in range(54)]
     assert sum(train_counts) == 2 * 16 * STEPS
-    assert set(train_counts) == {1, 2}  # the second epoch leaves others out than the first
+    assert max(train_counts) == 2
+    assert sum(count < 2 for count in train_counts) > 54 - 16 * STEPS  # the second epoch leaves out others
 
 
 def test_two_killed_ranks_go_on_as_two_or_as_one(
     forks: Any, worlds: dict[int, RunDir], out: Out, mini_config: Any, tmp_path: Path
 ) -> None:
-    run = prepare(out, mini_config(**DROP))
+    run = prepare(out, mini_config(**DRAWN))
     Ranks(forks, run, 2, double=True, hang_at=STEPS + 1).kill_when_they_hang()
     other = RunDir(shutil.copytree(run.path, tmp_path / "copy"))
     Ranks(forks, run, 2, double=True).finish()
@@ -397,6 +370,46 @@ def test_two_killed_ranks_go_on_as_two_or_as_one(
     assert series(run) == series(worlds[2])
     Ranks(forks, other, 1, double=True).finish()
     assert_close(other, worlds[1])
+
+
+# --- bad samples -------------------------------------------------------------------------------------------
+
+
+@pytest.fixture
+def damaged(mini: Path, tmp_path: Path) -> Out:
+    """An output root whose shards `mini` have a flipped bit in six of the 54 train samples."""
+    samples = read_manifest(shutil.copytree(mini, tmp_path / "damaged")).split("train")
+    content = bytearray((tmp_path / "damaged" / "train-000000.tar").read_bytes())
+    for i in range(6):
+        content[int(samples.offset[i * 9]) + 60] ^= 4
+    (tmp_path / "damaged" / "train-000000.tar").write_bytes(content)
+    return output(tmp_path / "damaged", tmp_path / "out")
+
+
+def test_too_many_bad_samples_stop_all_ranks_at_the_same_step(
+    forks: Any, damaged: Out, mini_config: Any
+) -> None:
+    """Each rank knows of its own; the budget is of all of them."""
+    ranks = Ranks(forks, prepare(damaged, mini_config(max_bad=0.05)), 2)
+    assert ranks.wait() == [1, 1]
+    pattern = r"ShardError: ((\d+) of 54 train samples could not be read by step (\d).*)"
+    found = re.findall(pattern, ranks.log.read_text())
+    assert len(found) == 2
+    assert found[0] == found[1]
+    assert 3 <= int(found[0][1]) <= 6
+    assert (
+        f"max_bad 0.05 allows 2 an epoch; worst shard: train-000000.tar ({found[0][1]}); next: "
+        in found[0][0]
+    )
+
+
+def test_few_bad_samples_are_counted_for_all_ranks_and_training_goes_on(
+    forks: Any, damaged: Out, mini_config: Any
+) -> None:
+    run = Ranks(forks, prepare(damaged, mini_config(max_bad=0.12)), 2).finish()
+    counts = [r.metrics["train/bad_samples"] for r in metrics.read(run.metrics)]
+    assert len(counts) == 2 * STEPS
+    assert all(4 <= sum(counts[epoch : epoch + STEPS]) <= 6 for epoch in (0, STEPS))  # 48 of 54 are seen
 
 
 # --- train, in this process --------------------------------------------------------------------------------

@@ -1,0 +1,103 @@
+"""Stream: train shards without a manifest, each read from end to end by webdataset. Less is promised: see below."""
+
+import logging
+import random
+import zlib
+from collections.abc import Iterator
+from itertools import islice
+from pathlib import Path
+from typing import Any
+
+from torch import Tensor
+
+from pipeline import augment
+from pipeline.config import Config, ConfigError
+from pipeline.data import Batch, Outcome, load, train_picture
+from pipeline.foreign import local_tars
+from pipeline.manifest import ShardError, named
+from pipeline.order import steps_per_epoch
+
+log = logging.getLogger("gsa")
+
+SHUFFLE = 5_000  # samples that are drawn from at a time
+PICTURES = ("jpg", "jpeg", "png", "webp")
+
+
+def stream_loader(
+    config: Config,
+    *,
+    classes: int,
+    epoch: int,
+    first_step: int,
+    rank: int,
+    world: int,
+    threads: int,
+    draws: int,
+) -> Iterator[Batch]:
+    """This rank's micro-batches of an epoch of `data.stream_samples` samples, from step `first_step` on.
+
+    What is promised: all ranks get equally many, from shards in an order of (seed, epoch), in a pass over them
+    each by one rank, shuffled through a buffer of 5,000. What is not, unlike with a manifest: that a sample is
+    seen just once in an epoch (a rank whose shards are used up begins again); that batches are the same for another
+    number of ranks; that a resume goes on with the samples not yet seen (it begins the shards again); that a
+    shard that is cut short is noticed. Only pictures, `cls` and no other members are decoded.
+    Raises InputError: no such shards, fewer than ranks, not one sample in them.
+    """
+    tars = local_tars(str(config.data.stream))
+    if len(tars) < world:
+        raise ConfigError(
+            f"data.stream: {len(tars)} shards cannot be shared by {world} ranks; next: fewer workers"
+        )
+    optim = config.optim
+    share = config.micro_batches // world
+    steps = steps_per_epoch(config.data.stream_samples or 0, optim.global_batch) - first_step
+    samples = _samples(tars, random.Random(f"{config.seed} {epoch}"), rank, world)
+    batches = (list(islice(samples, optim.micro_batch)) for _ in range(steps * share))
+
+    def read(sample: dict[str, Any], image: Tensor, numbers: Tensor) -> Outcome:
+        key, shard = sample["__key__"], Path(sample["__url__"]).name
+        number = zlib.crc32(key.encode())
+        try:
+            label = _label(sample, classes)
+            rng = augment.sample_rng(config.seed, epoch, number)
+            train_picture(_picture(sample), rng, config.data, image, numbers)
+        except ValueError as error:  # DecodeError is one
+            return Outcome(number, 0, shard, f"{sample['__url__']}, sample {key}: {error}")
+        return Outcome(number, label, shard)
+
+    return load(batches, read, side=config.data.image_size, threads=threads, draws=draws)
+
+
+def _samples(tars: list[str], rng: random.Random, rank: int, world: int) -> Iterator[dict[str, Any]]:
+    """The undecoded samples of this rank's shards, without end."""
+    import webdataset
+
+    options = {"shardshuffle": False, "nodesplitter": None, "workersplitter": None, "empty_check": False}
+    while True:
+        mine = rng.sample(tars, len(tars))[rank::world]
+        data = webdataset.WebDataset(mine, handler=_go_on, **options)
+        nothing = True
+        for sample in data.shuffle(SHUFFLE, rng=random.Random(rng.random())):
+            nothing = False
+            yield sample
+        if nothing:
+            raise ShardError(f"data.stream: not one sample in {named([repr(tar) for tar in mine])}")
+
+
+def _go_on(error: Exception) -> bool:
+    log.warning("bad_shard %s", error)
+    return True
+
+
+def _picture(sample: dict[str, Any]) -> bytes:
+    found = [data for ext, data in sample.items() if ext.lower() in PICTURES]
+    if len(found) != 1:
+        raise ValueError(f"expected one picture, got {len(found)}")
+    return bytes(found[0])
+
+
+def _label(sample: dict[str, Any], classes: int) -> int:
+    text = sample.get("cls", b"").decode("ascii", "replace").strip()
+    if not text.isdigit() or int(text) >= classes:
+        raise ValueError(f"expected a label from 0 to {classes - 1} in its .cls member, got {text!r}")
+    return int(text)

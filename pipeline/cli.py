@@ -23,7 +23,7 @@ app = typer.Typer(
     help="Global Self-Attention networks: from a folder of images to a registered model.",
     epilog="Exit codes: 0 done, 1 failed, 2 bad input, 130 interrupted.",
 )
-shards_app = typer.Typer(no_args_is_help=True, help="Write, prove and show WebDataset shards.")
+shards_app = typer.Typer(no_args_is_help=True, help="Write, index, prove and show WebDataset shards.")
 app.add_typer(shards_app, name="shards")
 
 OutOption = Annotated[
@@ -85,15 +85,33 @@ def models(
 
 @shards_app.command("build")
 def shards_build(
-    source: Annotated[str, typer.Option(help="digits, or folder (a sub-folder per class).")],
+    source: Annotated[
+        str, typer.Option(help="digits, folder (a sub-folder per class), imagenet, cifar10 or cifar100.")
+    ],
     name: Annotated[str | None, typer.Option(help="Name below OUT/shards; default: the source.")] = None,
-    input_: Annotated[Path | None, typer.Option("--input", help="The folder of pictures.")] = None,
-    val_fraction: Annotated[float, typer.Option(help="Share of each class for validation.")] = 0.2,
+    input_: Annotated[Path | None, typer.Option("--input", help="Folder of pictures or archives.")] = None,
+    val_fraction: Annotated[
+        float, typer.Option(help="Share of each class for validation, where no split is given.")
+    ] = 0.2,
     seed: Annotated[int, typer.Option(help="Of the split and of the order.")] = 0,
+    shorter_side: Annotated[
+        int | None,
+        typer.Option(
+            help="Pixels: larger pictures are made as small (Lanczos, JPEG 4:4:4). Default: bytes kept."
+        ),
+    ] = None,
+    quality: Annotated[int, typer.Option(help="Of the JPEGs that --shorter-side makes.")] = 90,
+    samples_per_shard: Annotated[int, typer.Option(help="Samples in each .tar file.")] = 1000,
     replace: Annotated[bool, typer.Option(help="Replace a set made otherwise.")] = False,
     out: OutOption = DEFAULT_OUT,
 ) -> None:
-    """Write .tar shards and their manifest. Broken pictures are left out, counted and listed (exit code 0)."""
+    """Write .tar shards and their manifest. Broken pictures are left out, counted and listed (exit code 0).
+
+    folder: CLASS/picture.jpg, alone or below train/ and val/.
+    imagenet: the official archives as they are, or train/ and val/.
+    cifar10, cifar100: the official python archive, or its folder.
+    Killed at any point, the same command continues.
+    """
     from pipeline.config import validate
     from pipeline.pictures import ShardsConfig
     from pipeline.verbs import build_shards
@@ -104,12 +122,65 @@ def shards_build(
         "input": str(input_) if input_ else None,
         "val_fraction": val_fraction,
         "seed": seed,
+        "shorter_side": shorter_side,
+        "quality": quality,
+        "samples_per_shard": samples_per_shard,
     }
     built = build_shards(_out(out), validate(ShardsConfig, values, where="gsa shards build"), replace=replace)
     manifest = built.manifest
     counts = ", ".join(f"{len(manifest.split(s))} {s}" for s in manifest.splits)
     print(f"{'reused' if built.reused else 'written'}: {manifest.folder}")
     print(f"{counts} samples of {len(manifest.classes)} classes in {len(manifest.shards)} shards")
+    _print_left_out(manifest)
+
+
+@shards_app.command("index")
+def shards_index(
+    name: Annotated[str, typer.Option(help="Name below OUT/shards.")],
+    train: Annotated[
+        list[str],
+        typer.Option(help="Tars: paths, folders, globs, train-{000000..001023}.tar, URLs. Repeatable."),
+    ],
+    val: Annotated[list[str] | None, typer.Option(help="Tars of the val split. Repeatable.")] = None,
+    label_field: Annotated[
+        str | None, typer.Option(help="The .json member's field with the label; default: the .cls member.")
+    ] = None,
+    classes: Annotated[
+        Path | None, typer.Option(help="Class names, one a line, in the labels' order.")
+    ] = None,
+    checksums: Annotated[
+        bool, typer.Option("--checksums", help="Read every byte, not headers alone; always so for URLs.")
+    ] = False,
+    replace: Annotated[bool, typer.Option("--replace", help="Replace an index of this name.")] = False,
+    out: OutOption = DEFAULT_OUT,
+) -> None:
+    """Make the manifest of WebDataset tars that others wrote; they stay where they are.
+
+    A damaged or cut tar is an error. Samples without exactly one picture and one label are left out and
+    listed; above 1 % of all that is an error too.
+    """
+    from pipeline.config import validate
+    from pipeline.foreign import IndexConfig, index
+    from pipeline.progress import bar
+
+    values = {
+        "name": name,
+        "train": train,
+        "val": val or [],
+        "label_field": label_field,
+        "classes": str(classes) if classes else None,
+        "checksums": checksums,
+    }
+    config, folder = validate(IndexConfig, values, where="gsa shards index"), _out(out).shards(name)
+    with bar("index", "tars") as update:
+        manifest = index(config, folder, progress=lambda done, of: update(done, of, ""), replace=replace)
+    counts = ", ".join(f"{len(manifest.split(s))} {s}" for s in manifest.splits)
+    print(f"indexed: {manifest.folder}")
+    print(f"{counts} samples of {len(manifest.classes)} classes in {len(manifest.shards)} tars")
+    unseen = set(range(len(manifest.classes))) - set(manifest.split("train").label.tolist())
+    if unseen:  # labels that count from 1, perhaps
+        names = ", ".join(manifest.classes[i] for i in sorted(unseen)[:3])
+        print(f"{len(unseen)} classes without a train sample: {names}{', ...' if len(unseen) > 3 else ''}")
     _print_left_out(manifest)
 
 
@@ -136,6 +207,8 @@ def shards_verify(
     manifest = read_manifest(folder)
     samples = sum(len(manifest.split(s)) for s in manifest.splits)
     print(f"{folder}: {len(manifest.shards)} shards, {samples} samples, all as the manifest says")
+    if not all(shard.sha256 for shard in manifest.shards):
+        print("sizes and headers alone: it has no checksums; next: gsa shards index --checksums --replace")
 
 
 @shards_app.command("show")
@@ -150,7 +223,12 @@ def shards_show(
     from pipeline.verify import contact_sheet, table
 
     manifest = read_manifest(_out(out).shards(shards))
-    _print_rows(table(manifest), as_json, title=str(manifest.folder))
+    rows = table(manifest)
+    if not as_json:
+        for row in rows:
+            counts = row["classes"].values()
+            row["classes"] = f"{len(counts)}, of {min(counts)} to {max(counts)} samples"
+    _print_rows(rows, as_json, title=str(manifest.folder))
     if not as_json:
         _print_left_out(manifest)
     if sheet:
@@ -169,6 +247,7 @@ def train(
 ) -> None:
     """Train a recipe under Ray Train, mirrored to MLflow. The same settings again: the same run, continued."""
     from pipeline.config import Config, load
+    from pipeline.metrics import read
     from pipeline.plan import prepare
     from pipeline.rundir import read_json
     from pipeline.verbs import train as train_run
@@ -181,6 +260,9 @@ def train(
     metrics = read_json(run.result)["metrics"]
     print(f"run {run.name}{'' if ran else ' (complete already, reused)'}: {run.path}")
     print(f"val top-1 {metrics['val/top1']:.2f} % of {metrics['val/count']:.0f} samples")
+    bad = sum(record.metrics.get("train/bad_samples", 0) for record in read(run.metrics))
+    if bad:
+        print(f"{bad:.0f} times a train sample could not be read: see bad_sample in {run.logs}")
 
 
 @app.command()
@@ -228,7 +310,7 @@ def evaluate(
         return
     print(
         f"{model}: top-1 {result.top1:.2f} % ({result.correct} of {result.samples} samples, each once), "
-        f"top-5 {result.top5:.2f} %, loss {result.loss:.4f}"
+        f"top-5 {result.top5:.2f} %, loss {result.loss:.4f}; certificate {result.certificate}"
     )
 
 
@@ -404,11 +486,12 @@ def _print_left_out(manifest: Any) -> None:
         print(f"left out: {row['file']}: {row['reason']}")
     for name in manifest.empty_classes:
         print(f"class left out: {name}")
-    if manifest.broken or manifest.ignored or manifest.empty_classes:
+    if manifest.broken or manifest.empty_classes:
         print(
-            f"{len(manifest.broken)} broken pictures, {len(manifest.empty_classes)} empty classes, "
-            f"{manifest.ignored} other files left out"
+            f"left out: {len(manifest.broken)} broken pictures, {len(manifest.empty_classes)} empty classes"
         )
+    if manifest.ignored and not manifest.foreign:  # tars of others hold all kinds of members
+        print(f"not looked at: {manifest.ignored} files that are no .jpg, .jpeg, .png or .webp")
 
 
 if __name__ == "__main__":

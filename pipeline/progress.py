@@ -46,13 +46,24 @@ def _terminal(title: str, unit: str) -> Iterator[Update]:
 
 
 def _plain(title: str, unit: str) -> Update:
-    last = 0.0
+    last, first = 0.0, None
 
     def update(done: int, total: int, text: str) -> None:
-        nonlocal last
+        nonlocal last, first
         now = time.monotonic()
+        first = first or (now, done)  # what an earlier call has done took no time of this one
         if now - last >= PLAIN_EVERY_S or done == total:
             last = now
-            print(f"  {title} {done}/{total} {unit} {text}".rstrip(), file=sys.stderr, flush=True)
+            left = _left(now - first[0], done - first[1], total - done)
+            words = (f"  {title} {done}/{total} {unit}", left, text)
+            print(" ".join(word for word in words if word), file=sys.stderr, flush=True)
 
     return update
+
+
+def _left(seconds: float, done: int, to_do: int) -> str:
+    """`eta 1:02:03`, of what was done in these seconds; nothing where that tells nothing."""
+    if not (done and to_do):
+        return ""
+    eta = round(seconds / done * to_do)
+    return f"eta {eta // 3600}:{eta // 60 % 60:02d}:{eta % 60:02d}"

@@ -1,20 +1,26 @@
-"""Write shards: pictures -> WebDataset .tar files + Parquet manifest, whole or not at all."""
+"""Write shards: pictures -> WebDataset .tar files + manifest, whole or not at all; what is killed goes on."""
 
-import itertools
 import json
 import os
 import shutil
+import sys
 import tarfile
+import threading
 import zlib
-from collections.abc import Callable, Iterable, Iterator
-from contextlib import ExitStack
+from collections.abc import Callable, Iterator, Sequence
+from concurrent.futures import FIRST_EXCEPTION, CancelledError, ThreadPoolExecutor, wait
+from dataclasses import asdict
+from importlib.metadata import version
 from pathlib import Path
-from typing import IO, Any, NamedTuple
+from typing import Any, NamedTuple
 
+import numpy as np
 import pyarrow as pa
 import pyarrow.parquet as pq
 
+from pipeline.archives import from_cifar, from_imagenet
 from pipeline.config import InputError, digest
+from pipeline.decode import decode
 from pipeline.manifest import (
     MANIFEST,
     SCHEMA,
@@ -25,21 +31,41 @@ from pipeline.manifest import (
     Shard,
     ShardError,
     cut_short,
+    named,
+    open_parquet,
     read_manifest,
     sha256_of,
+    write_manifest,
 )
 from pipeline.pictures import (
+    Checked,
+    Entry,
+    InputFault,
     Listing,
-    Picture,
     ShardsConfig,
-    check_pictures,
-    digits,
-    list_input,
-    read_picture,
+    Source,
+    check,
+    from_digits,
+    from_folder,
+    read_again,
+    shrink,
     split_pictures,
     usable_classes,
 )
-from pipeline.rundir import hold, sync
+from pipeline.rundir import hold, read_json, sync, write_atomic, write_json
+
+WORK = ".work"  # inside of a set that is being built: what an earlier, killed call has finished
+CHUNK = 500  # pictures that are checked before that is written down
+MAX_JPEG_SIDE = 65_500  # pixels
+CHECKED = pa.schema(
+    [
+        pa.field("ext", pa.string()),
+        pa.field("width", pa.int32()),
+        pa.field("height", pa.int32()),
+        pa.field("crc32", pa.uint32()),
+        pa.field("fault", pa.string()),
+    ]
+)
 
 
 class Built(NamedTuple):
@@ -49,18 +75,50 @@ class Built(NamedTuple):
     reused: bool
 
 
+class _Plan(NamedTuple):
+    """Which picture goes where, once all have been looked at."""
+
+    config: ShardsConfig
+    listing: Listing
+    checked: pa.Table  # of CHECKED, a row for each entry of the listing
+    labels: dict[str, int]
+    splits: dict[str, list[int]]  # numbers of entries
+
+
+class _Count:
+    """Pictures that are done, told to `progress` from any thread; after `stop` each thread ends at its next."""
+
+    def __init__(self, progress: Progress, total: int) -> None:
+        self._progress, self._total, self._done = progress, total, 0
+        self._stopped, self._lock = False, threading.Lock()
+
+    def add(self, pictures: int = 1) -> None:
+        with self._lock:
+            if self._stopped:
+                raise CancelledError
+            if pictures:
+                self._done += pictures
+                self._progress(self._done, self._total)
+
+    def stop(self) -> None:
+        with self._lock:
+            self._stopped = True
+
+
 def build(
     config: ShardsConfig, folder: Path, *, progress: Progress | None = None, replace: bool = False
 ) -> Built:
     """Make the set of shards in `folder`: whole or not at all, whatever kills the build.
 
+    A killed build, or one without room, keeps what it has finished in .NAME.building; the next call with
+    the same settings and input goes on from there, and the set has the same bytes as if made in one go.
     A set made with the same settings of the same input is returned as it is; `replace` builds it again, and
-    in place of any other set. `progress` counts pictures, those of a folder twice: checked, then written.
+    in place of any other set. `progress` counts each picture twice: checked, then written.
     Raises InputError: no such input, fewer than two classes, `folder` made otherwise, no room.
     """
     folder = folder.resolve()
-    listing = list_input(config)
-    made = {"settings": config.model_dump(mode="json"), "input_digest": listing.digest}
+    source = find_source(config)
+    made = {"settings": config.model_dump(mode="json"), "input_digest": source.digest}
     manifest = _existing(folder, made, replace=replace)  # without the lock: a shared set may be read-only
     if manifest:
         return Built(manifest, reused=True)
@@ -70,20 +128,44 @@ def build(
             manifest = _existing(folder, made, replace=replace)
             if manifest:
                 return Built(manifest, reused=True)
-            _build(folder, config, listing, made, progress or (lambda done, total: None))
-    except OSError as error:
-        place = next(p for p in folder.parents if p.exists())
-        reason = os.strerror(error.errno) if error.errno else str(error)
+            _build(folder, config, source, made, progress or (lambda done, total: None))
+    except InputFault as error:
         raise InputError(
-            f"{folder}: cannot be written: {reason} ({shutil.disk_usage(place).free} bytes are free "
-            "without it); next: make room there, or choose another --out"
+            f"input {error.filename!r}: cannot be read: {error.strerror}; what is finished is kept; "
+            "next: the same command, once it can be read"
         ) from None
+    except OSError as error:
+        raise InputError(_no_room(folder, error)) from None
     return Built(read_manifest(folder), reused=False)
 
 
 def listing(config: ShardsConfig) -> str:
-    """16 hex digits that change with the input: names, sizes and times of change of its pictures."""
-    return list_input(config).digest
+    """16 hex digits that change with the input: names, sizes and times of change of its files."""
+    return find_source(config).digest
+
+
+def find_source(config: ShardsConfig) -> Source:
+    root = Path(os.path.expanduser(config.input or ""))
+    match config.source:
+        case "digits":
+            return from_digits(config.image_size)
+        case "folder":
+            return from_folder(root)
+        case "imagenet":
+            return from_imagenet(root)
+        case _:
+            return from_cifar(config.source, root)
+
+
+def _no_room(folder: Path, error: OSError) -> str:
+    place = next(p for p in folder.parents if p.exists())
+    building, _ = _temporary(folder)
+    kept = f"; what is finished is kept in {building}" if building.exists() else ""
+    reason = os.strerror(error.errno) if error.errno else str(error)
+    return (
+        f"{folder}: cannot be written: {reason} ({shutil.disk_usage(place).free} bytes are free){kept}; "
+        "next: make room there and call again, or choose another --out"
+    )
 
 
 def _existing(folder: Path, made: dict[str, Any], *, replace: bool) -> Manifest | None:
@@ -115,6 +197,8 @@ def _existing(folder: Path, made: dict[str, Any], *, replace: bool) -> Manifest 
 
 def _differences(old: dict[str, Any], new: dict[str, Any]) -> list[str]:
     """What else than the names of set and input differs: a folder of pictures may have moved."""
+    if "settings" not in old:
+        return ["not by `gsa shards build`"]
     was, now = old["settings"], new["settings"]
     fields = [f for f in now if f not in ("name", "input") and was.get(f) != now[f]]
     lines = [f"{f} {was.get(f)}, now {now[f]}" for f in fields]
@@ -123,45 +207,36 @@ def _differences(old: dict[str, Any], new: dict[str, Any]) -> list[str]:
     return lines
 
 
+# --- from a free place to a set, through every kill --------------------------------------------------------
+
+
 def _temporary(folder: Path) -> tuple[Path, Path]:
     """Where a set is built, and where an old one waits to be deleted."""
     return folder.with_name(f".{folder.name}.building"), folder.with_name(f".{folder.name}.old")
 
 
 def _recover(folder: Path) -> None:
-    """Clear what an ended build left; the lock proves that no other is at work."""
-    building, old = _temporary(folder)
-    shutil.rmtree(building, ignore_errors=True)
+    """Mend what a replacement left that was killed; the lock proves that no other is at work."""
+    _, old = _temporary(folder)
     if old.exists() and not folder.exists():
-        old.rename(folder)  # killed between the two renames of a replacement
+        old.rename(folder)  # killed between the two renames
     shutil.rmtree(old, ignore_errors=True)  # NFS keeps what a reader has open; the next build clears it
 
 
 def _build(
-    folder: Path, config: ShardsConfig, listing: "Listing", made: dict[str, Any], progress: Progress
+    folder: Path, config: ShardsConfig, source: Source, made: dict[str, Any], progress: Progress
 ) -> None:
     building, old = _temporary(folder)
+    if not _is_complete(building, made):
+        _claim(building, _plan_digest(made))
+        try:
+            _fill(building, config, source, made, progress)
+        except InputError:  # of no use to the next call: the input must change first
+            shutil.rmtree(building, ignore_errors=True)
+            raise
+    if (building / WORK).exists():  # from here on, the manifest says that all is finished
+        shutil.rmtree(building / WORK)
     try:
-        building.mkdir()
-        pictures, broken = (
-            check_pictures(listing, progress) if config.input else (digits(config.image_size), [])
-        )
-        classes, empty = usable_classes(listing, pictures)
-        splits = split_pictures(pictures, classes, config)
-        written = sum(len(pictures) for pictures in splits.values())
-        total = 2 * len(listing.files) or written
-        numbers = itertools.count(total - written + 1)  # what is left out counts as written
-        shards, table = _write(building, splits, classes, config, lambda: progress(next(numbers), total))
-        values = {
-            "version": VERSION,
-            "classes": classes,
-            "shards": [vars(s) for s in shards],
-            "made": made,
-            "broken": listing.left_out + broken,
-            "ignored": listing.ignored,
-            "empty_classes": empty,
-        }
-        _write_manifest(building, table, values)
         if folder.exists() and any(folder.iterdir()):
             folder.rename(old)
         building.rename(folder)
@@ -170,91 +245,225 @@ def _build(
         _recover(folder)
 
 
-def _write(
-    folder: Path,
-    splits: dict[str, list[Picture]],
-    classes: list[str],
-    config: ShardsConfig,
-    count: Callable[[], None],
-) -> tuple[list[Shard], pa.Table]:
-    labels = {name: label for label, name in enumerate(classes)}
-    shards, tables = [], []
-    for split, pictures in splits.items():
-        samples = _encoded(split, pictures, labels, config.source, count)
-        _write_tars(folder, split, samples, config.samples_per_shard)
-        for path in sorted(folder.glob(f"{split}-*.tar")):
-            rows = list(_rows(path, split, pictures, labels))
-            shards.append(Shard(path.name, split, sha256_of(path), path.stat().st_size, len(rows)))
-            columns = zip(SCHEMA, zip(*rows, strict=True), strict=True)
-            tables.append(pa.table([pa.array(c, type=f.type) for f, c in columns], schema=SCHEMA))
-    return shards, pa.concat_tables(tables).unify_dictionaries()
+def _plan_digest(made: dict[str, Any]) -> str:
+    """What decides every byte of the set: another digest, and the work of an earlier call is of no use."""
+    settings = {k: v for k, v in made["settings"].items() if k not in ("name", "input")}
+    libraries = [version(name) for name in ("pillow", "simplejpeg", "webdataset", "pyarrow")]
+    return digest([VERSION, CHUNK, settings, made["input_digest"], libraries])
 
 
-def _encoded(
-    split: str, pictures: list[Picture], labels: dict[str, int], source: str, count: Callable[[], None]
-) -> Iterator[dict[str, str | bytes]]:
-    """Samples in WebDataset's words. Keys are numbers: a file name never becomes a member's name."""
-    for number, picture in enumerate(pictures):
-        yield {
-            "__key__": f"{split}-{number:08d}",
-            picture.ext: _bytes(picture),
-            "cls": str(labels[picture.class_name]).encode(),
-            "json": json.dumps({"source": source, "file": picture.origin}).encode(),
-        }
-        count()
-
-
-def _bytes(picture: Picture) -> bytes:
-    if isinstance(picture.source, bytes):
-        return picture.source
+def _is_complete(building: Path, made: dict[str, Any]) -> bool:
     try:
-        data = read_picture(picture.source)
-    except OSError as error:
-        raise InputError(f"{picture.source!r}: was readable, and is no more: {error}") from None
-    if zlib.crc32(data) != picture.crc32:
-        raise InputError(f"{picture.source!r}: changed while the shards were built; next: build again")
-    return data
+        return read_manifest(building).made == made
+    except ShardError:
+        return False
 
 
-def _write_tars(folder: Path, split: str, samples: Iterable[dict[str, str | bytes]], per_shard: int) -> None:
-    import webdataset  # it imports torch, which nothing else here needs
-
-    files: list[IO[bytes]] = []
-    with ExitStack() as stack:
-
-        def open_shard(name: str) -> IO[bytes]:
-            files.append(stack.enter_context(open(name, "wb")))
-            return files[-1]
-
-        def close_shard(name: str) -> None:
-            files[-1].close()
-            sync(Path(name))
-
-        pattern = f"{folder}/".replace("%", "%%") + f"{split}-%06d.tar"
-        options = {"opener": open_shard, "post": close_shard, "encoder": False}
-        # mtime=0: the same pictures make the same bytes. verbose=0: it would print.
-        with webdataset.ShardWriter(pattern, maxcount=per_shard, mtime=0, verbose=0, **options) as writer:
-            for sample in samples:
-                writer.write(sample)
+def _claim(building: Path, plan: str) -> None:
+    """Keep what an earlier call of this plan has finished, and nothing else."""
+    note = building / WORK / "plan.json"
+    try:
+        same = read_json(note) == plan
+    except InputError:
+        same = False
+    if not same and building.exists():
+        shutil.rmtree(building)
+    (building / WORK).mkdir(parents=True, exist_ok=True)
+    for temporary in building.glob(".*.tmp"):
+        temporary.unlink()
+    write_json(note, plan)
 
 
-def _rows(
-    path: Path, split: str, pictures: list[Picture], labels: dict[str, int]
-) -> Iterator[tuple[str | int, ...]]:
+def _fill(
+    building: Path, config: ShardsConfig, source: Source, made: dict[str, Any], progress: Progress
+) -> None:
+    """List, check, plan, write: all of the set, its manifest last."""
+    listing = source.listing()
+    entries, count = listing.entries, _Count(progress, 2 * len(listing.entries))
+    checked = _check(building / WORK, listing, count)
+    faults = checked["fault"].to_pylist()
+    good = [i for i, fault in enumerate(faults) if not fault]
+    classes, empty = usable_classes(source.root, listing, [entries[i] for i in good])
+    if empty and config.source != "folder":
+        raise InputError(
+            f"input {source.root!r}: labels would not be the official ones without {named(empty)}"
+        )
+    splits = split_pictures(entries, good, classes, val_fraction=config.val_fraction, seed=config.seed)
+    plan = _Plan(config, listing, checked, {name: n for n, name in enumerate(classes)}, splits)
+    count.add(len(entries) - sum(len(members) for members in splits.values()))  # left out counts as written
+    shards, rows = _write(building, plan, count)
+    broken = [{"file": entries[i].origin, "reason": fault} for i, fault in enumerate(faults) if fault]
+    write_manifest(
+        building,
+        rows,
+        classes=classes,
+        shards=shards,
+        made=made,
+        broken=listing.left_out + broken,
+        ignored=listing.ignored,
+        empty_classes=empty,
+    )
+
+
+def _check(work: Path, listing: Listing, count: _Count) -> pa.Table:
+    """Decode every picture once: a table of CHECKED."""
+    chunks = [listing.entries[start : start + CHUNK] for start in range(0, len(listing.entries), CHUNK)]
+
+    def check_chunk(number: int) -> pa.Table:
+        found = []
+        for entry in chunks[number]:
+            found.append(check(listing, entry))
+            count.add()
+        return _table(found, CHECKED)
+
+    paths = [work / f"checked-{number:06d}.parquet" for number in range(len(chunks))]
+    parts = _parts(paths, check_chunk, count)
+    return pa.concat_tables([CHECKED.empty_table(), *parts], promote_options="none")
+
+
+def _write(building: Path, plan: _Plan, count: _Count) -> tuple[list[Shard], pa.Table]:
+    """Write every shard that is not there yet: (the shards, the rows of the manifest)."""
+    import webdataset  # noqa: F401  it imports torch: once, before there are threads
+
+    size, jobs = plan.config.samples_per_shard, []
+    for split, members in plan.splits.items():
+        jobs += [
+            (split, start // size, members[start : start + size]) for start in range(0, len(members), size)
+        ]
+    names = [f"{split}-{number:06d}.tar" for split, number, _ in jobs]
+    notes = [building / WORK / f"{name}.parquet" for name in names]
+    for name, note in zip(names, notes, strict=True):
+        part = _read_part(note)
+        if part and cut_short(building / name, _shard(part)):
+            note.unlink()  # somebody has touched the shard
+
+    def write_shard(job: int) -> pa.Table:
+        return _write_shard(building / names[job], plan, *jobs[job], count)
+
+    parts = _parts(notes, write_shard, count)
+    rows = pa.concat_tables([p.replace_schema_metadata() for p in parts]).unify_dictionaries()
+    return [_shard(part) for part in parts], rows.combine_chunks()
+
+
+def _parts(paths: Sequence[Path], make: Callable[[int], pa.Table], count: _Count) -> list[pa.Table]:
+    """The table that each path holds. Those that no earlier call has left are made: make(i), in parallel."""
+    parts = [_read_part(path) for path in paths]
+    count.add(sum(part.num_rows for part in parts if part))
+
+    def make_part(i: int) -> None:
+        data = pa.BufferOutputStream()
+        pq.write_table(make(i), data, write_page_checksum=True)
+        write_atomic(paths[i], data.getvalue().to_pybytes())
+        parts[i] = _read_part(paths[i])  # the same table as the next call would find
+
+    cpus = len(os.sched_getaffinity(0)) if sys.platform == "linux" else os.cpu_count()
+    with ThreadPoolExecutor(cpus) as pool:
+        try:
+            futures = [pool.submit(make_part, i) for i, part in enumerate(parts) if part is None]
+            for future in wait(futures, return_when=FIRST_EXCEPTION).done:
+                future.result()
+        except BaseException:
+            count.stop()
+            pool.shutdown(cancel_futures=True)
+            raise
+    return parts
+
+
+def _read_part(path: Path) -> pa.Table | None:
+    """None if it is not there, or damaged."""
+    try:
+        return open_parquet(path).read()
+    except (OSError, pa.ArrowException):
+        return None
+
+
+def _table(rows: Sequence[tuple[Any, ...]], schema: pa.Schema) -> pa.Table:
+    columns = zip(schema, zip(*rows, strict=True), strict=True)
+    return pa.table([pa.array(values, type=field.type) for field, values in columns], schema=schema)
+
+
+def _shard(part: pa.Table) -> Shard:
+    return Shard(**json.loads(part.schema.metadata[b"shard"]))
+
+
+# --- one shard ---------------------------------------------------------------------------------------------
+
+
+class _Written(NamedTuple):
+    """What of a sample its own headers do not tell."""
+
+    label: int
+    crc32: int
+    width: int
+    height: int
+
+
+def _write_shard(
+    path: Path, plan: _Plan, split: str, number: int, members: list[int], count: _Count
+) -> pa.Table:
+    """Write one .tar file, whole or not at all: its rows of the manifest, with its Shard as metadata."""
+    import webdataset
+
+    temporary, written = path.with_name(f".{path.name}.tmp"), dict[str, _Written]()
+    first = number * plan.config.samples_per_shard
+    try:
+        with open(temporary, "wb") as file:
+            # mtime=0: the same pictures make the same bytes. verbose=0: it would print.
+            options = {"start_shard": number, "maxcount": len(members), "maxsize": float("inf"), "mtime": 0}
+            with webdataset.ShardWriter(
+                f"{split}-%06d.tar", opener=lambda name: file, encoder=False, verbose=0, **options
+            ) as writer:
+                for sample, facts in _samples(plan, split, first, members):
+                    writer.write(sample)
+                    written[str(sample["__key__"])] = facts
+                    count.add()
+            file.flush()
+            os.fsync(file.fileno())
+        rows = list(_rows(temporary, split, path.name, written))
+        shard = Shard(path.name, split, sha256_of(temporary), temporary.stat().st_size, len(rows))
+        os.replace(temporary, path)
+        sync(path.parent)
+    finally:
+        temporary.unlink(missing_ok=True)
+    return _table(rows, SCHEMA).replace_schema_metadata({"shard": json.dumps(asdict(shard))})
+
+
+def _samples(
+    plan: _Plan, split: str, first: int, members: list[int]
+) -> Iterator[tuple[dict[str, str | bytes], _Written]]:
+    """Samples in WebDataset's words. Keys are numbers: a file name never becomes a member's name."""
+    checked = plan.checked.take(np.array(members)).to_pylist()
+    for number, (member, row) in enumerate(zip(members, checked, strict=True), first):
+        entry = plan.listing.entries[member]
+        label = plan.labels[entry.class_name]
+        ext, data, width, height = _encoded(plan, entry, Checked(**row))
+        sample: dict[str, str | bytes] = {
+            "__key__": f"{split}-{number:08d}",
+            ext: data,
+            "cls": str(label).encode(),
+            "json": json.dumps({"source": plan.config.source, "file": entry.origin}).encode(),
+        }
+        yield sample, _Written(label, zlib.crc32(data), width, height)
+
+
+def _encoded(plan: _Plan, entry: Entry, checked: Checked) -> tuple[str, bytes, int, int]:
+    """(ext, bytes, width, height) as they are written: untouched, unless settings ask for smaller pictures."""
+    data, config = read_again(plan.listing, entry, checked.crc32), plan.config
+    sides = sorted((checked.width, checked.height))
+    if config.shorter_side is None or sides[0] <= config.shorter_side:
+        return checked.ext, data, checked.width, checked.height
+    if sides[1] * config.shorter_side > MAX_JPEG_SIDE * sides[0]:  # a strip that no JPEG can hold
+        return checked.ext, data, checked.width, checked.height
+    return "jpg", *shrink(decode(data), config.shorter_side, config.quality)
+
+
+def _rows(path: Path, split: str, name: str, written: dict[str, _Written]) -> Iterator[tuple[str | int, ...]]:
     """The manifest's rows of a shard, in SCHEMA's order, found by its own headers."""
     with tarfile.open(path, "r:") as tar:
         for member in tar:
             key, _, ext = member.name.rpartition(".")
             if ext in ("cls", "json"):
                 continue
-            p = pictures[int(key.rpartition("-")[2])]
+            w = written[key]
             place = (member.offset_data, member.size)
-            yield (split, path.name, key, labels[p.class_name], ext, *place, p.crc32, p.width, p.height)
-
-
-def _write_manifest(folder: Path, table: pa.Table, values: dict[str, Any]) -> None:
-    text = json.dumps({**values, "digest": digest(values)})
-    table = table.replace_schema_metadata({b"gsa": text.encode()})
-    pq.write_table(table, folder / MANIFEST, compression="zstd", write_page_checksum=True)
-    sync(folder / MANIFEST)
-    sync(folder)
+            yield (split, name, key, w.label, ext, *place, w.crc32, w.width, w.height)

@@ -1,5 +1,6 @@
 """Prove and show shards: every byte against the manifest; counts; a contact sheet."""
 
+import hashlib
 import io
 import math
 import os
@@ -7,33 +8,36 @@ import tarfile
 import zlib
 from collections import Counter
 from pathlib import Path
-from typing import IO, Any
+from typing import Any
 
 import numpy as np
 from numpy.typing import NDArray
 from PIL import Image, ImageDraw
 
 from pipeline.config import InputError
-from pipeline.decode import decode
+from pipeline.decode import DecodeError, decode
 from pipeline.manifest import (
     Manifest,
     Progress,
     Samples,
     Shard,
     ShardError,
-    cut_short,
     named,
     read_manifest,
     read_sample,
-    sha256_of,
 )
+from pipeline.remote import is_url, open_cached
 from pipeline.rundir import write_atomic
+
+NOT_THERE = "no picture where the manifest says"
+OTHER_BYTES = "crc32 differs from the manifest's"
 
 
 def verify(folder: Path, progress: Progress | None = None) -> list[str]:
     """Every fault, each with its shard's name; an empty list says that all bytes and rows are as written.
 
-    Not looked at again: width and height, which the manifest's own checksums guard. `progress` counts shards.
+    Of a foreign set, whose manifest has no checksums, this proves its shards' sizes and that each picture
+    is a member where the manifest says. `progress` counts shards.
     """
     try:
         manifest = read_manifest(folder)
@@ -50,59 +54,86 @@ def verify(folder: Path, progress: Progress | None = None) -> list[str]:
 
 
 def _shard_faults(manifest: Manifest, shard: Shard) -> list[str]:
-    path, samples = manifest.folder / shard.name, manifest.split(shard.split)
-    rows = np.flatnonzero(samples.shard == samples.shard_paths.index(path)).tolist()
-    cut = cut_short(path, shard)
-    if not path.is_file():
-        return [cut]
+    place, samples = shard.place(manifest.folder), manifest.split(shard.split)
+    rows = np.flatnonzero(samples.shard == samples.shards.index(shard)).tolist()
+    if not is_url(place) and not os.path.isfile(place):
+        return [f"{shard.name}: missing"]
     try:
-        fault = cut or (f"{shard.name}: sha256 differs" if sha256_of(path) != shard.sha256 else "")
-        if not fault:
-            return [f"{shard.name}: {f}" for f in _row_faults(path, samples, rows)]
-        with open(path, "rb") as file:
-            damaged = [samples.key[i] for i in rows if not _same_bytes(file, samples, i)]
+        with _open(place, shard) as file:
+            size = os.fstat(file.fileno()).st_size
+            fault = "" if size == shard.bytes else f"expected {shard.bytes} bytes, got {size}"
+            if not fault and shard.sha256 and hashlib.file_digest(file, "sha256").hexdigest() != shard.sha256:
+                fault = "sha256 differs"
+            if not fault:
+                return [f"{shard.name}: {f}" for f in _row_faults(file, samples, rows)]
+            damaged = [samples.key(i) for i in rows if not _same_bytes(file, samples, i)]
     except OSError as error:
         return [f"{shard.name}: cannot be read: {error.strerror or error}"]
-    return [f"{fault}; damaged pictures: {named(damaged) or 'none, but headers, labels or padding'}"]
+    return [
+        f"{shard.name}: {fault}; damaged pictures: {named(damaged) or 'none, but headers, labels or padding'}"
+    ]
 
 
-def _same_bytes(file: IO[bytes], samples: Samples, i: int) -> bool:
+def _open(place: str, shard: Shard) -> io.BufferedReader:
+    """A shard where it lies, or its copy in the cache."""
+    if is_url(place):
+        return os.fdopen(open_cached(place, shard.bytes, shard.sha256), "rb")
+    return open(place, "rb")
+
+
+def _same_bytes(file: io.BufferedReader, samples: Samples, i: int) -> bool:
     data = os.pread(file.fileno(), int(samples.size[i]), int(samples.offset[i]))
+    if samples.crc32 is None:
+        return len(data) == int(samples.size[i])
     return zlib.crc32(data) == int(samples.crc32[i])
 
 
-def _row_faults(path: Path, samples: Samples, rows: list[int]) -> list[str]:
+def _row_faults(file: io.BufferedReader, samples: Samples, rows: list[int]) -> list[str]:
     """A shard's rows against its members, which its own headers tell."""
+    file.seek(0)
+    try:
+        with tarfile.open(fileobj=file, mode="r:") as tar:
+            members = tar.getmembers()
+    except (tarfile.TarError, ValueError) as error:
+        return [f"no .tar archive: {error}"]
+    if samples.shards[0].path:
+        return _foreign_faults(file, members, samples, rows)
     faults: dict[str, list[str]] = {}
-    with open(path, "rb") as file:
-        try:
-            with tarfile.open(fileobj=file, mode="r:") as tar:
-                members = tar.getmembers()
-        except (tarfile.TarError, ValueError) as error:
-            return [f"no .tar archive: {error}"]
-        found = {m.name: m for m in members if m.isreg()}
-        for i in rows:
-            fault = _row_fault(file, found, samples, i)
-            if fault:
-                faults.setdefault(fault, []).append(samples.key[i])
-    known = Counter(f"{samples.key[i]}.{e}" for i in rows for e in (samples.ext[i], "cls", "json"))
+    found = {m.name: m for m in members if m.isreg()}
+    for i in rows:
+        fault = _row_fault(file, found, samples, i)
+        if fault:
+            faults.setdefault(fault, []).append(samples.key(i))
+    known = Counter(f"{samples.key(i)}.{e}" for i in rows for e in (samples.ext[i], "cls", "json"))
     surplus = [repr(name) for name in (Counter(m.name for m in members) - known).elements()]
     if surplus:
         faults["members that the manifest does not know"] = surplus
     return [f"{fault}: {named(names)}" for fault, names in faults.items()]
 
 
-def _row_fault(file: IO[bytes], found: dict[str, tarfile.TarInfo], samples: Samples, i: int) -> str:
-    key = samples.key[i]
+def _row_fault(file: io.BufferedReader, found: dict[str, tarfile.TarInfo], samples: Samples, i: int) -> str:
+    key = samples.key(i)
     picture, label = found.get(f"{key}.{samples.ext[i]}"), found.get(f"{key}.cls")
     if not picture or (picture.offset_data, picture.size) != (samples.offset[i], samples.size[i]):
-        return "no picture where the manifest says"
+        return NOT_THERE
     if not _same_bytes(file, samples, i):
-        return "crc32 differs from the manifest's"
+        return OTHER_BYTES
     if not label or f"{key}.json" not in found:
         return "no .cls or no .json member"
     text = os.pread(file.fileno(), min(label.size, 20), label.offset_data)
     return "" if text == str(samples.label[i]).encode() else "label differs from the manifest's"
+
+
+def _foreign_faults(
+    file: io.BufferedReader, members: list[tarfile.TarInfo], samples: Samples, rows: list[int]
+) -> list[str]:
+    """The same of a foreign shard, whose names and labels follow other customs."""
+    places = {(m.offset_data, m.size) for m in members if m.isreg()}
+    lost = [i for i in rows if (samples.offset[i], samples.size[i]) not in places]
+    faults = {NOT_THERE: lost}
+    if samples.crc32 is not None:
+        faults[OTHER_BYTES] = [i for i in rows if i not in lost and not _same_bytes(file, samples, i)]
+    return [f"{fault}: {named([samples.key(i) for i in at])}" for fault, at in faults.items() if at]
 
 
 def table(manifest: Manifest) -> list[dict[str, Any]]:
@@ -135,7 +166,10 @@ def contact_sheet(manifest: Manifest, path: Path, n: int = 64) -> None:
     draw = ImageDraw.Draw(sheet)
     for place, i in enumerate(chosen):
         x, y = place % columns * tile, place // columns * (tile + caption)
-        image = decode(read_sample(samples, i))
+        try:
+            image = Image.fromarray(decode(read_sample(samples, i)))
+        except (ShardError, DecodeError):
+            image = Image.new("RGB", (1, 1), "red")  # there is one, and nothing of it to be seen
         scale = (tile - 4) / max(image.size)
         image = image.resize((max(1, round(image.width * scale)), max(1, round(image.height * scale))))
         sheet.paste(image, (x + (tile - image.width) // 2, y + (tile - image.height) // 2))
@@ -143,7 +177,10 @@ def contact_sheet(manifest: Manifest, path: Path, n: int = 64) -> None:
         draw.text((x + 2, y + tile), " ".join(name.split())[:16], fill="black")
     png = io.BytesIO()
     sheet.save(png, "PNG")
-    write_atomic(path, png.getvalue())
+    try:
+        write_atomic(path, png.getvalue())
+    except OSError as error:
+        raise InputError(f"{path}: cannot be written: {error.strerror}; next: name a .png file") from None
 
 
 def _round_robin(labels: NDArray[np.int32]) -> list[int]:

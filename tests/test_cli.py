@@ -159,7 +159,16 @@ def test_left_out_pictures_are_listed_and_counted(gsa, pictures: Path, tmp_path:
         (["predict", "models:/nothing@champion", "a.png"], "there is no registry"),
         (["shards", "verify", "nothing"], "nothing"),
         (["shards", "build", "--source", "folder"], "needs input"),
-        (["shards", "build", "--source", "imagenet22k"], "expected 'digits' or 'folder'"),
+        (
+            ["shards", "build", "--source", "imagenet", "--input", "."],
+            "no ImageNet train split there: expected",
+        ),
+        (["shards", "build", "--source", "cifar10", "--input", "."], "expected cifar-10-python.tar.gz there"),
+        (["shards", "build", "--source", "digits", "--quality", "5"], "quality is for shorter_side"),
+        (
+            ["shards", "build", "--source", "imagenet22k"],
+            "expected 'digits', 'folder', 'imagenet', 'cifar10' or 'cifar100'",
+        ),
         (["ui", "--host", "0.0.0.0"], "MLFLOW_AUTH_ADMIN_PASSWORD"),
     ],
     ids=lambda value: " ".join(value) if isinstance(value, list) else "",

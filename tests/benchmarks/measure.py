@@ -94,3 +94,8 @@ def hardware() -> str:
     if torch.cuda.is_available():
         return f"{torch.cuda.get_device_name()}, torch {torch.__version__}"
     return f"CPU with {torch.get_num_threads()} threads, torch {torch.__version__}"
+
+
+def with_spread(values: list[float], form: str = ".2f") -> str:
+    """Median (least-most)."""
+    return f"{statistics.median(values):{form}} ({min(values):{form}}-{max(values):{form}})"

@@ -392,7 +392,7 @@ def test_too_many_bad_samples_stop_all_ranks_at_the_same_step(
     """Each rank knows of its own; the budget is of all of them."""
     ranks = Ranks(forks, prepare(damaged, mini_config(max_bad=0.05)), 2)
     assert ranks.wait() == [1, 1]
-    pattern = r"ShardError: ((\d+) of 54 train samples could not be read by step (\d).*)"
+    pattern = r"TooManyBad: ((\d+) of 54 train samples could not be read by step (\d).*)"
     found = re.findall(pattern, ranks.log.read_text())
     assert len(found) == 2
     assert found[0] == found[1]

@@ -18,7 +18,7 @@ from PIL import Image
 
 from pipeline.config import InputError
 from pipeline.decode import Pixels
-from pipeline.manifest import named
+from pipeline.manifest import Descriptor, named
 from pipeline.pictures import (
     ENDINGS,
     Entry,
@@ -53,16 +53,6 @@ class _Found(NamedTuple):
     pictures: list[Entry]
     left_out: list[dict[str, str]]
     ignored: int
-
-
-class _Descriptor:
-    """An open file that closes when nobody reads it any more."""
-
-    def __init__(self, number: int) -> None:
-        self.number = number
-
-    def __del__(self) -> None:
-        os.close(self.number)
 
 
 def from_imagenet(root: Path) -> Source:
@@ -143,7 +133,7 @@ def _classed(entry: Entry, wnid: str) -> Entry:
 
 def _reader(archives: Iterable[Path]) -> Callable[[Entry], bytes]:
     """Pictures of these archives by pread, which has no position, so threads share it; others as files."""
-    opened = {str(path): _Descriptor(os.open(path, os.O_RDONLY)) for path in archives}
+    opened = {str(path): Descriptor(os.open(path, os.O_RDONLY)) for path in archives}
 
     def read(entry: Entry) -> bytes:
         archive = opened.get(entry.path)

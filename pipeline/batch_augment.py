@@ -23,7 +23,7 @@ from pipeline.data import to_device
 
 BINS = 31  # strengths that an operation of a policy can have
 MAX_OPS = 8  # of RandAugment, for each picture
-ERASE_TRIES = 3  # a drawn rectangle may be too long for the picture: 1 in 250 is
+ERASE_TRIES = 3  # a drawn rectangle may be too long for the picture
 ERASE_AREA, ERASE_RATIO = (0.02, 0.33), (0.3, 3.3)  # share of the picture; height / width
 
 # What the columns of `draws` decide.

@@ -65,11 +65,10 @@ def evaluate(
     for batch in batches:
         sums = {key: sums[key] + value for key, value in eval_step(forward, batch).items()}
         seen += certify(batch.ids, salt)
-    # Halves of the hash: their sums over the ranks are exact in float64.
-    halves = {"low": seen.sum % 2**32, "high": seen.sum >> 32}
-    total = world_sums(
-        {**sums, **{k: torch.tensor(float(v), device=device, dtype=torch.float64) for k, v in halves.items()}}
-    )
+    # In halves, whose sums over the ranks are exact in float64.
+    sums["low"] = torch.tensor(seen.sum % 2**32, device=device)
+    sums["high"] = torch.tensor(seen.sum >> 32, device=device)
+    total = world_sums(sums)
     count = round(total["count"])
     found = Certificate(count, (round(total["low"]) + (round(total["high"]) << 32)) % 2**64)
     if found != expected:

@@ -69,7 +69,7 @@ class Shard:
         return self.path or str(folder / self.name)
 
 
-class _Descriptor:
+class Descriptor:
     """An open file that closes when nobody reads it any more."""
 
     def __init__(self, number: int) -> None:
@@ -83,7 +83,7 @@ class _Files:
     """The shards read last, open. pread has no position, so threads share them."""
 
     def __init__(self) -> None:
-        self._open: dict[str, _Descriptor] = {}
+        self._open: dict[str, Descriptor] = {}
         self._failed: dict[str, tuple[float, OSError]] = {}  # remote shards: when, why
         self._lock = threading.Lock()
 
@@ -96,7 +96,7 @@ class _Files:
             if file:
                 self._open[place] = file  # the last to be dropped
         if file is None:
-            file = _Descriptor(os.open(place, os.O_RDONLY))
+            file = Descriptor(os.open(place, os.O_RDONLY))
             _check_size(file, shard)
             with self._lock:
                 self._open[place] = file
@@ -111,19 +111,19 @@ class _Files:
         if is_url(place):
             discard(place, shard.bytes, shard.sha256)
 
-    def _remote(self, url: str, shard: Shard) -> _Descriptor:
+    def _remote(self, url: str, shard: Shard) -> Descriptor:
         """A shard's copy. A server that does not answer is not asked again for each sample."""
         when, error = self._failed.get(url, (-math.inf, OSError()))
         if time.monotonic() - when < RETRY_S:
             raise error
         try:
-            return _Descriptor(open_cached(url, shard.bytes, shard.sha256))
+            return Descriptor(open_cached(url, shard.bytes, shard.sha256))
         except OSError as error:
             self._failed[url] = time.monotonic(), error
             raise
 
 
-def _check_size(file: _Descriptor, shard: Shard) -> None:
+def _check_size(file: Descriptor, shard: Shard) -> None:
     """Where there are no checksums, another size says that it is another file."""
     size = os.fstat(file.number).st_size
     if not shard.sha256 and size != shard.bytes:

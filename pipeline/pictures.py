@@ -18,11 +18,10 @@ from PIL import Image
 from pydantic import Field, model_validator
 
 from pipeline.config import InputError, Name, Positive, Section, digest
-from pipeline.decode import MAX_PIXELS, Pixels, decode
+from pipeline.decode import MAX_FILE_BYTES, Pixels, decode
 from pipeline.manifest import SPLITS, named
 
 ENDINGS = (".jpg", ".jpeg", ".png", ".webp")
-MAX_FILE_BYTES = 4 * MAX_PIXELS  # no picture that decode() takes is larger
 MAGIC = ((b"\xff\xd8", "jpg"), (b"\x89PNG", "png"), (b"RIFF", "webp"))
 # What a file itself can be guilty of. Any other error is the disk's: the picture may be fine.
 OWN_FAULTS = (errno.ENOENT, errno.EACCES, errno.EPERM, errno.ELOOP, errno.ENOTDIR, errno.ENAMETOOLONG)

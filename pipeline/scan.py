@@ -11,7 +11,7 @@ from typing import IO, Any, NamedTuple, cast
 
 from PIL import Image
 
-from pipeline.decode import FORMATS, MAX_PIXELS
+from pipeline.decode import FORMATS, MAX_FILE_BYTES, MAX_PIXELS
 from pipeline.remote import Read, RemoteError, is_url, shown, with_stream
 
 PICTURES = ("jpg", "jpeg", "png", "webp")  # a member's ending, in any case
@@ -19,7 +19,6 @@ MAX_CLASSES = 1_000_000
 MAX_NAME = 1024  # characters
 MAX_HEADER_BYTES = 1 << 20  # PAX: names and the like
 MAX_LABEL_BYTES = 1 << 20  # a .json may hold more than the label
-MAX_PICTURE_BYTES = 4 * MAX_PIXELS  # no picture that decode() takes is larger
 CHUNK = 1 << 20
 
 # As webdataset has it: the key ends before the first dot of the file's name.
@@ -229,7 +228,7 @@ def _add(
 
 
 def _picture(tape: _Tape, member: tarfile.TarInfo, ending: str, checksums: bool) -> _Picture:
-    _check_member(member, MAX_PICTURE_BYTES)
+    _check_member(member, MAX_FILE_BYTES)
     facts = _facts(_whole(tape, member)) if checksums else (None, None, None)
     return (ending, member.offset_data, member.size, *facts)
 

@@ -16,11 +16,11 @@ from pipeline.data import Batch, Outcome, load, train_picture
 from pipeline.foreign import local_tars
 from pipeline.manifest import ShardError, named
 from pipeline.order import steps_per_epoch
+from pipeline.scan import PICTURES
 
 log = logging.getLogger("gsa")
 
 SHUFFLE = 5_000  # samples that are drawn from at a time
-PICTURES = ("jpg", "jpeg", "png", "webp")
 
 
 def stream_loader(

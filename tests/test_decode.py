@@ -264,9 +264,10 @@ def test_what_is_no_sequential_jpeg_is_decoded_as_a_whole(kind: str) -> None:
     assert np.array_equal(decode(content, rows=10), decode(content))
 
 
-def test_upper_rows_of_a_jpeg_that_is_cut_short_are_refused() -> None:
-    """A decoder that makes up what is missing would not be noticed."""
-    content = encoded(photo_like(200, 300), "JPEG", quality=95)
+@pytest.mark.parametrize("restarts", [0, 3], ids=["", "restarts"])
+def test_upper_rows_of_a_jpeg_that_is_cut_short_are_refused(restarts: int) -> None:
+    """A picture is good or bad as a whole, whatever the crop; libjpeg tells of a restart, not of the cut."""
+    content = encoded(photo_like(200, 300), "JPEG", quality=95, restart_marker_blocks=restarts)
     for length in range(400, len(content) - 2, 501):
         with pytest.raises(DecodeError):
             decode(content[:length], rows=40)

@@ -99,6 +99,16 @@ def four_pictures() -> Tensor:
     return torch.from_numpy(np.random.default_rng(0).integers(0, 256, (4, 32, 32, 3), np.uint8))
 
 
+def test_evaluation_refuses_one_sample_twice_in_place_of_another() -> None:
+    """The count is right, the certificate is not."""
+    parts = numbered(torch.zeros(10, dtype=torch.long), 4)
+    parts[2].ids[0] = 3
+    with pytest.raises(
+        RuntimeError, match=r"saw 10 samples, expected each of 10 exactly once \(certificate 10:"
+    ):
+        evaluate(table_of(torch.randn(10, 3)), parts, expected=TEN, salt=7)
+
+
 def test_evaluation_takes_no_gradients() -> None:
     model = small_model()
     batch = Batch(four_pictures(), torch.zeros(4, dtype=torch.long), np.arange(4), torch.empty(0))

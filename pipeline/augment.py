@@ -1,6 +1,7 @@
 """What happens to one picture: random resized crop and flip for training, resize and centre crop at test."""
 
 import math
+from collections.abc import Sequence
 from typing import NamedTuple
 
 import numpy as np
@@ -13,11 +14,7 @@ from pipeline.decode import Pixels
 
 BILINEAR = Image.Resampling.BILINEAR
 RATIOS = (3 / 4, 4 / 3)  # width / height of a training crop, as in Inception and every recipe since
-
-
-def sample_rng(seed: int, epoch: int, sample: int) -> np.random.Generator:
-    """The generator of a sample in an epoch: the same picture whatever rank or worker draws it."""
-    return np.random.default_rng((seed, epoch, 1, sample))  # 1: not the generator of the epoch's order
+BOX_DRAWS = 2 + 2 * 10  # numbers that `random_box` is given: its tries are ten
 
 
 class Box(NamedTuple):
@@ -54,14 +51,18 @@ def center_crop(pixels: Pixels, *, size: int, pct: float) -> Pixels:
     return np.array(image.resize((size, size), BILINEAR, box=box))
 
 
-def random_box(width: int, height: int, rng: np.random.Generator, scale: tuple[float, float]) -> Box:
-    """A crop of `scale` of the area of a picture (Szegedy et al., arXiv 1409.4842, as torchvision draws it)."""
-    for _ in range(10):
-        area = width * height * rng.uniform(*scale)
-        ratio = math.exp(rng.uniform(math.log(RATIOS[0]), math.log(RATIOS[1])))
+def random_box(width: int, height: int, draws: Sequence[float], scale: tuple[float, float]) -> Box:
+    """A crop of `scale` of the area of a picture (Szegedy et al., arXiv 1409.4842, as torchvision draws it).
+
+    draws: BOX_DRAWS numbers of [0, 1): the place, then area and ratio of each try.
+    """
+    (low, high), (wide, tall) = scale, RATIOS
+    for i in range(2, BOX_DRAWS, 2):
+        area = width * height * (low + (high - low) * draws[i])
+        ratio = wide * (tall / wide) ** draws[i + 1]
         w, h = round(math.sqrt(area * ratio)), round(math.sqrt(area / ratio))
         if 0 < w <= width and 0 < h <= height:
-            return Box(int(rng.integers(width - w + 1)), int(rng.integers(height - h + 1)), w, h)
+            return Box(int(draws[0] * (width - w + 1)), int(draws[1] * (height - h + 1)), w, h)
     w = min(width, round(height * RATIOS[1]))
     h = min(height, round(width / RATIOS[0]))
     return Box((width - w) // 2, (height - h) // 2, w, h)

@@ -4,6 +4,7 @@ import logging
 from collections import deque
 from collections.abc import Callable, Iterable, Iterator, Sequence
 from concurrent.futures import ThreadPoolExecutor
+from itertools import chain
 from typing import NamedTuple, TypeVar
 
 import numpy as np
@@ -14,14 +15,16 @@ from pipeline import augment
 from pipeline.config import Config, DataConfig
 from pipeline.decode import DecodeError, Pixels, decode, size
 from pipeline.manifest import Samples, ShardError, read_sample
-from pipeline.order import EpochOrder, Ids, eval_batches, micro_batches
+from pipeline.order import Draws, EpochOrder, Ids, eval_batches, micro_batches, sample_draws
 from pipeline.remote import is_url
 
 log = logging.getLogger("gsa")
 
 # Per channel, of 0..1: ImageNet's, as every published ResNet uses them.
 MEAN, STD = (0.485, 0.456, 0.406), (0.229, 0.224, 0.225)
-AHEAD = 4  # samples that wait for each thread, at least: none runs dry while a batch is handed over
+PICTURE_DRAWS = 1 + augment.BOX_DRAWS  # random numbers that make a train picture: flip, crop
+PART = 8  # samples that a thread reads at a time
+AHEAD = 2 * PART  # samples that wait for each thread, at least: none runs dry while a batch is handed over
 
 
 class Batch(NamedTuple):
@@ -49,7 +52,7 @@ class Outcome(NamedTuple):
 
 
 S = TypeVar("S")  # what a sample is before it is read: its number, or its bytes
-Read = Callable[[S, Tensor, Tensor], Outcome]  # with its row of Batch.images, and of Batch.draws
+Read = Callable[[S, list[float], Tensor], Outcome]  # with PICTURE_DRAWS numbers, into its row of Batch.images
 
 
 def train_loader(
@@ -83,11 +86,10 @@ def train_loader(
         )
     )
 
-    def read(i: int, image: Tensor, numbers: Tensor) -> Outcome:
+    def read(i: int, numbers: list[float], image: Tensor) -> Outcome:
         outcome = Outcome(i, int(samples.label[i]), samples.shard_of(i).name)
-        rng = augment.sample_rng(config.seed, epoch, i)
         try:
-            train_picture(read_sample(samples, i), rng, data, image, numbers)
+            train_picture(read_sample(samples, i), numbers, data, image)
         except ShardError as error:
             return outcome._replace(fault=str(error))
         except DecodeError as error:
@@ -96,7 +98,11 @@ def train_loader(
 
     if any(is_url(shard.path) for shard in samples.shards):
         batches = _fetching_ahead(samples, order, batches)
-    return load(batches, read, side=data.image_size, threads=threads, draws=draws)
+
+    def draw(ids: Sequence[int]) -> Draws:
+        return sample_draws(np.array(ids), PICTURE_DRAWS + draws, seed=config.seed, epoch=epoch)
+
+    return load(batches, read, draw, side=data.image_size, threads=threads)
 
 
 def _fetching_ahead(samples: Samples, order: EpochOrder, batches: Iterator[list[int]]) -> Iterator[list[int]]:
@@ -114,15 +120,12 @@ def _fetching_ahead(samples: Samples, order: EpochOrder, batches: Iterator[list[
         pool.shutdown(wait=False, cancel_futures=True)
 
 
-def train_picture(
-    data: bytes, rng: np.random.Generator, config: DataConfig, image: Tensor, draws: Tensor
-) -> None:
-    """Fill a sample's row of Batch.images and of Batch.draws. DecodeError: no picture that we read."""
-    box = augment.random_box(*size(data), rng, config.crop_scale)
+def train_picture(data: bytes, draws: Sequence[float], config: DataConfig, image: Tensor) -> None:
+    """Fill a sample's row of Batch.images, by its PICTURE_DRAWS. DecodeError: no picture that we read."""
+    flip, *place = draws
+    box = augment.random_box(*size(data), place, config.crop_scale)
     pixels = decode(data, rows=box.top + box.height)
-    mirrored = rng.random() < config.flip
-    image.copy_(augment.train_crop(pixels, box, size=config.image_size, mirrored=mirrored))
-    draws.copy_(torch.from_numpy(rng.random(len(draws), np.float32)))
+    image.copy_(augment.train_crop(pixels, box, size=config.image_size, mirrored=flip < config.flip))
 
 
 def eval_loader(samples: Samples, config: Config, *, rank: int, world: int, threads: int) -> Iterator[Batch]:
@@ -132,11 +135,14 @@ def eval_loader(samples: Samples, config: Config, *, rank: int, world: int, thre
         for ids in eval_batches(len(samples), batch=config.optim.micro_batch, rank=rank, world=world)
     )
 
-    def read(i: int, image: Tensor, _: Tensor) -> Outcome:
+    def read(i: int, _: list[float], image: Tensor) -> Outcome:
         image.copy_(torch.from_numpy(eval_picture(samples, i, config.data)))
         return Outcome(i, int(samples.label[i]), "")
 
-    return load(batches, read, side=config.data.image_size, threads=threads, draws=0)
+    def draw(ids: Sequence[int]) -> Draws:
+        return np.empty((len(ids), PICTURE_DRAWS), np.float32)
+
+    return load(batches, read, draw, side=config.data.image_size, threads=threads)
 
 
 def eval_picture(samples: Samples, i: int, config: DataConfig) -> Pixels:
@@ -158,21 +164,33 @@ def to_device(images: Tensor, device: torch.device) -> Tensor:
 
 
 def load(
-    batches: Iterable[Sequence[S]], read: Read[S], *, side: int, threads: int, draws: int
+    batches: Iterable[Sequence[S]],
+    read: Read[S],
+    draw: Callable[[Sequence[S]], Draws],
+    *,
+    side: int,
+    threads: int,
 ) -> Iterator[Batch]:
     """The batches in their order; threads read the next ones meanwhile. Without threads, the caller does it.
 
-    side: of the pictures, in pixels; draws: numbers a sample.
+    draw: of a batch, (B, PICTURE_DRAWS + n): the first are for `read`, the others become Batch.draws.
+    side: of the pictures, in pixels.
     Raises ShardError where no sample of a batch can be read.
     """
     pool = ThreadPoolExecutor(threads, thread_name_prefix="loader") if threads else None
-    waiting: deque[tuple[Tensor, Tensor, Iterator[Outcome]]] = deque()
+    waiting: deque[tuple[Tensor, Tensor, Iterator[list[Outcome]]]] = deque()
+
+    def part(samples: Sequence[S], draws: Draws, images: Tensor) -> list[Outcome]:
+        return [read(*one) for one in zip(samples, draws.tolist(), images, strict=True)]
+
     try:
         for batch in batches:
             shape = (len(batch), side, side, 3)
             images = torch.empty(shape, dtype=torch.uint8, pin_memory=torch.cuda.is_available())
-            numbers = torch.empty(len(batch), draws)
-            waiting.append((images, numbers, (pool.map if pool else map)(read, batch, images, numbers)))
+            numbers, cuts = draw(batch), range(0, len(batch), PART)
+            parts = [(batch[i : i + PART], numbers[i : i + PART, :PICTURE_DRAWS]) for i in cuts]
+            work = (pool.map if pool else map)(part, *zip(*parts, strict=True), images.split(PART))
+            waiting.append((images, torch.tensor(numbers[:, PICTURE_DRAWS:]), work))
             while waiting and (len(waiting) - 1) * len(batch) >= AHEAD * threads:
                 yield _finish(*waiting.popleft())
         while waiting:
@@ -182,9 +200,9 @@ def load(
             pool.shutdown(cancel_futures=True)
 
 
-def _finish(images: Tensor, draws: Tensor, work: Iterator[Outcome]) -> Batch:
+def _finish(images: Tensor, draws: Tensor, work: Iterator[list[Outcome]]) -> Batch:
     """Wait for a batch. Who cannot be read is logged, and replaced by the next that can."""
-    outcomes = list(work)
+    outcomes = list(chain.from_iterable(work))
     n, bad = len(outcomes), [j for j, outcome in enumerate(outcomes) if outcome.fault]
     for j in bad:
         log.warning("bad_sample %s", outcomes[j].fault)

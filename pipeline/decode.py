@@ -70,9 +70,10 @@ def _upper_rows(data: bytes, rows: int, width: int, height: int) -> Pixels | Non
     frame = _baseline_frame(data)
     if frame is None or rows >= height or not data.endswith(END):  # what is cut short shall be found out
         return None
-    pixels = np.empty((rows, width, 3), np.uint8)
+    pixels, cut = np.empty((rows, width, 3), np.uint8), bytearray(data)
+    cut[frame + 5 : frame + 7] = rows.to_bytes(2)
     try:
-        simplejpeg.decode_jpeg(data[: frame + 5] + rows.to_bytes(2) + data[frame + 7 :], buffer=pixels)
+        simplejpeg.decode_jpeg(cut, buffer=pixels)
     except ValueError as error:
         if not LEFT_OVER.search(str(error)):
             return None

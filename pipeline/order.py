@@ -7,6 +7,8 @@ import numpy as np
 from numpy.typing import NDArray
 
 Ids = NDArray[np.int64]  # sample numbers: rows of a split in the manifest
+Draws = NDArray[np.float32]  # (samples, n) random numbers of [0, 1)
+GOLDEN = np.uint64(0x9E3779B97F4A7C15)  # between two states of SplitMix64
 
 
 def steps_per_epoch(samples: int, global_batch: int) -> int:
@@ -114,11 +116,24 @@ def certify(ids: Ids, salt: int) -> Certificate:
     """The certificate of these samples; `salt` is that of the split (Samples.salt).
 
     A sample that is missing, or there twice, gives another one: a sum, unlike an exclusive or, does not
-    cancel. The hash is the finalizer of SplitMix64 (Steele, Lea, Flood 2014).
+    cancel.
     """
-    x = ids.astype(np.uint64) + np.uint64(salt % 2**64)  # numpy's unsigned arrays wrap around, as meant
-    x += np.uint64(0x9E3779B97F4A7C15)
+    hashes = _split_mix(ids.astype(np.uint64) + np.uint64(salt % 2**64))
+    return Certificate(len(ids), int(hashes.sum(dtype=np.uint64)))
+
+
+def sample_draws(samples: Ids, count: int, *, seed: int, epoch: int) -> Draws:
+    """(samples, count) numbers of [0, 1), of 24 bits: those of a sample in an epoch, whoever draws them."""
+    # 1: not the generator of the epoch's order. A generator a sample would take longer than what it decides.
+    key = np.random.SeedSequence((seed, epoch, 1)).generate_state(1, np.uint64)
+    streams = _split_mix(samples.astype(np.uint64) * GOLDEN + key)
+    bits = _split_mix(streams[:, None] + np.arange(count, dtype=np.uint64) * GOLDEN)
+    return (bits >> np.uint64(40)).astype(np.float32) * np.float32(2**-24)
+
+
+def _split_mix(x: NDArray[np.uint64]) -> NDArray[np.uint64]:
+    """SplitMix64 (Steele, Lea, Flood 2014): the number that follows each state. Unsigned arrays wrap around."""
+    x = x + GOLDEN
     x = (x ^ (x >> np.uint64(30))) * np.uint64(0xBF58476D1CE4E5B9)
     x = (x ^ (x >> np.uint64(27))) * np.uint64(0x94D049BB133111EB)
-    x ^= x >> np.uint64(31)
-    return Certificate(len(ids), int(x.sum(dtype=np.uint64)))
+    return x ^ (x >> np.uint64(31))

@@ -3,19 +3,19 @@
 import logging
 import random
 import zlib
-from collections.abc import Iterator
+from collections.abc import Iterator, Sequence
 from itertools import islice
 from pathlib import Path
 from typing import Any
 
+import numpy as np
 from torch import Tensor
 
-from pipeline import augment
 from pipeline.config import Config, ConfigError
-from pipeline.data import Batch, Outcome, load, train_picture
+from pipeline.data import PICTURE_DRAWS, Batch, Outcome, load, train_picture
 from pipeline.foreign import local_tars
 from pipeline.manifest import ShardError, named
-from pipeline.order import steps_per_epoch
+from pipeline.order import Draws, sample_draws, steps_per_epoch
 from pipeline.scan import PICTURES
 
 log = logging.getLogger("gsa")
@@ -54,18 +54,23 @@ def stream_loader(
     samples = _samples(tars, random.Random(f"{config.seed} {epoch}"), rank, world)
     batches = (list(islice(samples, optim.micro_batch)) for _ in range(steps * share))
 
-    def read(sample: dict[str, Any], image: Tensor, numbers: Tensor) -> Outcome:
+    def number(sample: dict[str, Any]) -> int:
+        return zlib.crc32(sample["__key__"].encode())
+
+    def draw(batch: Sequence[dict[str, Any]]) -> Draws:
+        ids = np.array([number(sample) for sample in batch])
+        return sample_draws(ids, PICTURE_DRAWS + draws, seed=config.seed, epoch=epoch)
+
+    def read(sample: dict[str, Any], numbers: list[float], image: Tensor) -> Outcome:
         key, shard = sample["__key__"], Path(sample["__url__"]).name
-        number = zlib.crc32(key.encode())
         try:
             label = _label(sample, classes)
-            rng = augment.sample_rng(config.seed, epoch, number)
-            train_picture(_picture(sample), rng, config.data, image, numbers)
+            train_picture(_picture(sample), numbers, config.data, image)
         except ValueError as error:  # DecodeError is one
-            return Outcome(number, 0, shard, f"{sample['__url__']}, sample {key}: {error}")
-        return Outcome(number, label, shard)
+            return Outcome(number(sample), 0, shard, f"{sample['__url__']}, sample {key}: {error}")
+        return Outcome(number(sample), label, shard)
 
-    return load(batches, read, side=config.data.image_size, threads=threads, draws=draws)
+    return load(batches, read, draw, side=config.data.image_size, threads=threads)
 
 
 def _samples(tars: list[str], rng: random.Random, rank: int, world: int) -> Iterator[dict[str, Any]]:

@@ -17,12 +17,22 @@ import torch
 from PIL import Image
 from tars import CLASSES, numbers_of, small_png, write_set
 
-from pipeline.augment import random_box, sample_rng, train_crop
+from pipeline.augment import random_box, train_crop
 from pipeline.config import DataConfig
-from pipeline.data import MEAN, STD, Batch, eval_loader, to_device, train_loader, train_picture
+from pipeline.data import (
+    AHEAD,
+    MEAN,
+    PICTURE_DRAWS,
+    STD,
+    Batch,
+    eval_loader,
+    to_device,
+    train_loader,
+    train_picture,
+)
 from pipeline.decode import decode
 from pipeline.manifest import Samples, ShardError, read_manifest, read_sample
-from pipeline.order import Certificate, EpochOrder, certify
+from pipeline.order import Certificate, EpochOrder, certify, sample_draws
 
 UNEVEN = {"train": (97, 1, 240, 13, 180, 149), "val": (17, 1, 23)}  # 680 and 41 samples
 GLOBAL, MICRO = 48, 1  # 14 steps of 48 micro-batches; 8 samples are left out
@@ -141,12 +151,11 @@ def test_a_batch_holds_the_cropped_pictures_of_the_order(mini: Path, mini_config
         assert batch.labels.dtype == torch.int64
         assert batch.labels.tolist() == samples.label[ids].tolist()
         for i, image, draws in zip(ids.tolist(), batch.images, batch.draws, strict=True):
-            rng = sample_rng(5, 1, i)
-            box = random_box(32, 32, rng, (0.08, 1.0))
-            mirrored = rng.random() < 0.5
-            crop = train_crop(decode(read_sample(samples, i)), box, size=32, mirrored=mirrored)
+            drawn = sample_draws(np.array([i]), PICTURE_DRAWS + 7, seed=5, epoch=1)[0].tolist()
+            box = random_box(32, 32, drawn[1:PICTURE_DRAWS], (0.08, 1.0))
+            crop = train_crop(decode(read_sample(samples, i)), box, size=32, mirrored=drawn[0] < 0.5)
             assert torch.equal(image, crop)
-            assert draws.tolist() == rng.random(7, np.float32).tolist()
+            assert draws.tolist() == drawn[PICTURE_DRAWS:]
 
 
 def test_epochs_and_seeds_draw_other_crops_and_numbers(mini: Path, mini_config: Any) -> None:
@@ -174,10 +183,10 @@ def test_half_of_the_pictures_are_mirrored() -> None:
     ramp = np.tile(np.arange(0, 256, 8, dtype=np.uint8)[None, :, None], (32, 1, 3))
     file = io.BytesIO()
     Image.fromarray(ramp).save(file, "PNG")
-    image, draws, settings = torch.empty(8, 8, 3, dtype=torch.uint8), torch.empty(0), DataConfig(image_size=8)
+    image, settings = torch.empty(8, 8, 3, dtype=torch.uint8), DataConfig(image_size=8)
     mirrored = 0
-    for i in range(600):
-        train_picture(file.getvalue(), sample_rng(0, 0, i), settings, image, draws)
+    for draws in sample_draws(np.arange(600), PICTURE_DRAWS, seed=0, epoch=0).tolist():
+        train_picture(file.getvalue(), draws, settings, image)
         mirrored += int(image[0, 0, 0]) > int(image[0, -1, 0])
     assert 240 < mirrored < 360
 
@@ -231,9 +240,9 @@ def test_slow_reading_is_done_ahead_by_the_threads(
     loader = train_loader(train_samples, config(), epoch=0, first_step=0, rank=0, world=1, threads=2, draws=0)
     next(loader)
     end = time.monotonic() + 20
-    while len(read) < 8 and time.monotonic() < end:
+    while len(read) < 2 * AHEAD and time.monotonic() < end:
         time.sleep(0.005)
-    assert 8 <= len(read) <= 16
+    assert 2 * AHEAD <= len(read) <= 2 * AHEAD + 2
     loader.close()
 
 

@@ -7,7 +7,15 @@ import pytest
 from hypothesis import given
 from hypothesis import strategies as st
 
-from pipeline.order import Certificate, EpochOrder, certify, eval_batches, micro_batches, steps_per_epoch
+from pipeline.order import (
+    Certificate,
+    EpochOrder,
+    certify,
+    eval_batches,
+    micro_batches,
+    sample_draws,
+    steps_per_epoch,
+)
 
 SHARDS = (31, 1, 40, 0, 24, 35)  # uneven; 131 samples
 GLOBAL, MICRO, STEPS = 24, 2, 5  # 5 steps of 12 micro-batches; 11 samples are left out
@@ -216,3 +224,48 @@ def test_a_certificate_tells_what_is_missing_double_or_of_another_split() -> Non
     others = [whole[1:], np.append(whole, 7), np.where(whole == 3, 4, whole), whole + 1]
     assert right not in [certify(other, 5) for other in others]
     assert right != certify(whole, 6)
+
+
+# --- the numbers of a sample -------------------------------------------------------------------------------
+
+
+def slow_draws(sample: int, count: int, *, seed: int, epoch: int) -> list[float]:
+    """The definition: a SplitMix64 of the sample, whose seed is a number of the SplitMix64 of (seed, epoch)."""
+    golden, mask = 0x9E3779B97F4A7C15, 2**64 - 1
+
+    def split_mix(state: int) -> int:
+        z = (state + golden) & mask
+        z = ((z ^ z >> 30) * 0xBF58476D1CE4E5B9) & mask
+        z = ((z ^ z >> 27) * 0x94D049BB133111EB) & mask
+        return z ^ z >> 31
+
+    # The published first numbers of SplitMix64 from 1234567.
+    assert [split_mix(1234567), split_mix(1234567 + golden)] == [6457827717110365317, 3203168211198807973]
+    key = int(np.random.SeedSequence((seed, epoch, 1)).generate_state(1, np.uint64)[0])
+    stream = split_mix(key + sample * golden)
+    return [(split_mix(stream + i * golden) >> 40) / 2**24 for i in range(count)]
+
+
+def test_the_numbers_of_a_sample_belong_to_seed_epoch_and_sample_alone() -> None:
+    ids = np.array([5, 0, 1_281_166, 2**32 - 1])
+    for seed, epoch in ((0, 0), (0, 1), (1, 0), (2**63 - 1, 300)):
+        found = sample_draws(ids, 9, seed=seed, epoch=epoch)
+        assert found.dtype == np.float32
+        assert found.tolist() == [slow_draws(int(i), 9, seed=seed, epoch=epoch) for i in ids]
+        assert sample_draws(ids[1:2], 30, seed=seed, epoch=epoch)[0, :9].tolist() == found[1].tolist()
+    firsts = [float(sample_draws(ids, 1, seed=s, epoch=e)[0, 0]) for s in range(9) for e in range(9)]
+    assert len(set(firsts)) == 81
+
+
+def test_the_numbers_of_samples_are_spread_evenly_and_independent() -> None:
+    found = sample_draws(np.arange(20_000), 24, seed=0, epoch=0).astype(float)
+    assert 0 <= found.min() < 1e-4
+    assert 1 > found.max() > 1 - 1e-4
+    counts = np.stack([np.bincount((column * 50).astype(int), minlength=50) for column in found.T])
+    chi2 = ((counts - 400) ** 2 / 400).sum(1)  # 49 degrees of freedom: 49 +- 10
+    assert 30 < chi2.mean() < 68
+    assert chi2.max() < 49 + 5 * 10
+    columns = np.corrcoef(np.concatenate([found[:-1], found[1:]], axis=1).T)  # with the next sample's, too
+    assert np.abs(columns - np.eye(48)).max() < 5 / np.sqrt(20_000)
+    other = sample_draws(np.arange(20_000), 24, seed=0, epoch=1).astype(float)
+    assert abs(np.corrcoef(found.ravel(), other.ravel())[0, 1]) < 0.01

@@ -41,7 +41,7 @@ from PIL import Image
 from torch import Tensor
 from torch.utils.data import DataLoader, Dataset
 
-from pipeline.augment import BILINEAR, random_box, train_crop
+from pipeline.augment import BILINEAR, BOX_DRAWS, Box, random_box, train_crop
 from pipeline.config import Config, DataConfig, OptimConfig
 from pipeline.data import MEAN, STD, to_device, train_loader
 from pipeline.decode import decode, size
@@ -58,9 +58,13 @@ DEFAULT, OURS, BARE = "webdataset + PIL, float32", "ours, uint8", "ours without 
 # --- the loaders --------------------------------------------------------------------------------------------
 
 
+def box_of(size: tuple[int, int], rng: np.random.Generator) -> Box:
+    return random_box(*size, rng.random(BOX_DRAWS).tolist(), SCALE)
+
+
 def crop_uint8(image: Image.Image, rng: np.random.Generator) -> NDArray[np.uint8]:
     """By Pillow as torchvision's RandomResizedCrop and RandomHorizontalFlip, which may not import here."""
-    left, top, w, h = random_box(image.width, image.height, rng, SCALE)
+    left, top, w, h = box_of(image.size, rng)
     image = image.crop((left, top, left + w, top + h)).resize((SIZE, SIZE), BILINEAR)
     return np.array(image.transpose(Image.Transpose.FLIP_LEFT_RIGHT) if rng.random() < 0.5 else image)
 
@@ -142,7 +146,7 @@ def ours_without_loading(work: Path, workers: int) -> Iterator[list[Tensor]]:
 
     def picture(i: int) -> Tensor:
         data = kept[i % len(kept)]
-        box = random_box(*size(data), rng, SCALE)
+        box = box_of(size(data), rng)
         pixels = decode(data, rows=box.top + box.height)
         return train_crop(pixels, box, size=SIZE, mirrored=rng.random() < 0.5)
 

@@ -10,6 +10,7 @@ import time
 import zlib
 from collections.abc import Callable, Sequence
 from dataclasses import asdict, dataclass, field
+from functools import cached_property
 from pathlib import Path
 from typing import Any
 
@@ -19,6 +20,7 @@ import pyarrow.parquet as pq
 from numpy.typing import NDArray
 
 from pipeline.config import InputError, digest
+from pipeline.mapped import mapped_rows
 from pipeline.order import Certificate, certify
 from pipeline.remote import discard, is_url, open_cached, shown
 from pipeline.rundir import sync
@@ -26,6 +28,7 @@ from pipeline.rundir import sync
 VERSION = 2
 MANIFEST = "manifest.parquet"
 SPLITS = ("train", "val")
+MAPPED_BYTES = 1_000_000  # of Parquet, from which on a machine's processes share the rows
 MAX_OPEN = 64  # descriptors that a split keeps
 RETRY_S = 300.0  # before a remote shard that could not be had is asked for again
 # A shard's name comes from a file and becomes a path: nothing else may pass.
@@ -88,7 +91,9 @@ class _Files:
         self._lock = threading.Lock()
 
     def pread(self, place: str, shard: Shard, size: int, offset: int) -> bytes:
-        if is_url(place):  # not kept open: a copy that the cache drops would go on taking its room
+        if shard.path and is_url(
+            place
+        ):  # not kept open: a copy that the cache drops would go on taking its room
             copy = self._remote(place, shard)
             return os.pread(copy.number, size, offset)
         with self._lock:
@@ -162,6 +167,11 @@ class Samples:
     def certificate(self) -> Certificate:
         """Of each sample exactly once."""
         return certify(np.arange(len(self)), self.salt)
+
+    @cached_property
+    def places(self) -> list[str]:
+        """The path or URL of each shard."""
+        return [shard.place(self.folder) for shard in self.shards]
 
     def key(self, i: int) -> str:
         return str(self.keys[int(i)])
@@ -238,13 +248,18 @@ def write_manifest(
 
 
 def open_parquet(path: Path) -> pq.ParquetFile:
-    """A Parquet file, read whole into Arrow's own memory; its checksums are proved on reading.
+    """A Parquet file, read whole; its checksums are proved on reading."""
+    return _parquet(path.read_bytes())
+
+
+def _parquet(data: bytes) -> pq.ParquetFile:
+    """A Parquet file in Arrow's own memory.
 
     Not by its path, in which Arrow takes `a=b` for a column. Not through a Python file: a thread of Arrow
     may be the last to let go of it, and aborts the process where Python is ending meanwhile.
     """
     memory = pa.BufferOutputStream()
-    memory.write(path.read_bytes())
+    memory.write(data)
     return pq.ParquetFile(pa.BufferReader(memory.getvalue()), page_checksum_verification=True)
 
 
@@ -252,9 +267,7 @@ def read_manifest(folder: Path) -> Manifest:
     """What a set of shards holds. Raises ShardError: none there, damaged, not ours, of another version."""
     path = folder / MANIFEST
     try:
-        parquet = open_parquet(path)
-        values = _values(path, parquet.schema_arrow)
-        manifest = _manifest(folder, values, parquet.read())
+        manifest = _read(folder, path)
         pa.default_memory_pool().release_unused()
     except (FileNotFoundError, NotADirectoryError):
         raise ShardError(
@@ -268,6 +281,21 @@ def read_manifest(folder: Path) -> Manifest:
             f"{path}: cannot be read: {' '.join(str(error).split())}; next: build the set again (--replace)"
         ) from None
     return manifest
+
+
+def _read(folder: Path, path: Path) -> Manifest:
+    data = path.read_bytes()
+    parquet = _parquet(data)
+    values = _values(path, parquet.schema_arrow)
+
+    def parse() -> pa.Table:
+        rows = parquet.read()
+        _manifest(folder, values, rows)  # what is kept for others has passed all checks
+        return rows
+
+    key = f"{hashlib.sha256(data).hexdigest()}-v{VERSION}"
+    rows = parquet.read() if len(data) < MAPPED_BYTES else mapped_rows(key, parse)
+    return _manifest(folder, values, rows)
 
 
 def _values(path: Path, schema: pa.Schema) -> dict[str, Any]:
@@ -317,7 +345,7 @@ def _manifest(folder: Path, values: dict[str, Any], table: pa.Table) -> Manifest
 def _content(classes: tuple[str, ...], shards: tuple[Shard, ...], table: pa.Table) -> str:
     if all(s.sha256 for s in shards):
         return digest([classes, [[s.name, s.sha256] for s in shards]])
-    columns = [zlib.crc32(table[name].to_numpy()) for name in ("label", "offset", "size")]
+    columns = [zlib.crc32(_numbers(table[name]).data) for name in ("label", "offset", "size")]
     return digest([classes, [[s.name, s.bytes, s.samples] for s in shards], columns])
 
 
@@ -336,8 +364,8 @@ def _check_names(shards: tuple[Shard, ...]) -> None:
 
 def _check_runs(column: pa.ChunkedArray, expected: list[tuple[str, int]]) -> None:
     """The rows of each shard and split stand together, as many as are listed."""
-    array = column.unify_dictionaries().combine_chunks()
-    codes, names = array.indices.to_numpy(), array.dictionary.to_pylist()
+    array = _whole(column)
+    codes, names = np.from_dlpack(array.indices), array.dictionary.to_pylist()
     starts = np.flatnonzero(np.diff(codes, prepend=-1))
     lengths = np.diff(starts, append=len(codes)).tolist()
     runs = [(names[code], length) for code, length in zip(codes[starts].tolist(), lengths, strict=True)]
@@ -348,6 +376,17 @@ def _check_runs(column: pa.ChunkedArray, expected: list[tuple[str, int]]) -> Non
         raise ValueError(f"expected rows of {len(expected)} shards or splits, got {len(runs)}")
 
 
+def _whole(column: pa.ChunkedArray) -> pa.Array:
+    """A column as one array: a single piece as it lies, several copied together."""
+    column = column.unify_dictionaries()
+    return column.chunk(0) if column.num_chunks == 1 else column.combine_chunks()
+
+
+def _numbers(column: pa.ChunkedArray) -> NDArray[Any]:
+    """A column without nulls. Not by to_numpy, which imports pandas: 26 MB and 0.16 s for each process."""
+    return np.from_dlpack(_whole(column))
+
+
 def _samples(folder: Path, split: str, shards: tuple[Shard, ...], rows: pa.Table, *, salt: int) -> Samples:
     crc32 = rows["crc32"]
     return Samples(
@@ -355,12 +394,12 @@ def _samples(folder: Path, split: str, shards: tuple[Shard, ...], rows: pa.Table
         folder=folder,
         shards=shards,
         shard=np.repeat(np.arange(len(shards), dtype=np.int32), [s.samples for s in shards]),
-        keys=rows["key"].combine_chunks(),
-        label=rows["label"].to_numpy(),
-        ext=rows["ext"].unify_dictionaries().combine_chunks(),
-        offset=rows["offset"].to_numpy(),
-        size=rows["size"].to_numpy(),
-        crc32=None if crc32.null_count else crc32.to_numpy(),
+        keys=_whole(rows["key"]),
+        label=_numbers(rows["label"]),
+        ext=_whole(rows["ext"]),
+        offset=_numbers(rows["offset"]),
+        size=_numbers(rows["size"]),
+        crc32=None if crc32.null_count else _numbers(crc32),
         salt=salt,
     )
 
@@ -385,7 +424,7 @@ def read_sample(samples: Samples, i: int) -> bytes:
     Raises ShardError, with shard and key: missing, cut short, or other bytes than were written.
     """
     shard, size, fault = samples.shard_of(i), int(samples.size[i]), ""
-    place = shard.place(samples.folder)
+    place = samples.places[int(samples.shard[i])]
     for _ in range(2):  # a stale handle of a network file system, a damaged copy in the cache: once more
         try:
             data = samples.files.pread(place, shard, size, int(samples.offset[i]))

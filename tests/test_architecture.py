@@ -19,6 +19,7 @@ OWNERS = {  # library -> the only modules that may import it
     "pyarrow": {
         "pipeline.shards",
         "pipeline.manifest",
+        "pipeline.mapped",
         "pipeline.foreign",
         "pipeline.order",
         "pipeline.report",
@@ -29,6 +30,7 @@ OWNERS = {  # library -> the only modules that may import it
     "yaml": {"pipeline.config"},
     "sklearn": {"pipeline.pictures"},
     "scipy": {"pipeline.archives"},
+    "pytorch_optimizer": {"pipeline.optim"},
     "fsspec": {"pipeline.remote"},
     "aiohttp": {"pipeline.remote"},
 }

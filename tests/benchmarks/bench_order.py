@@ -1,4 +1,4 @@
-"""Order and manifest at ImageNet's size: seconds to open and to resume, memory, quality of the shuffle.
+"""Order and manifest at ImageNet's size: seconds to open and to resume, memory of 1 and 4, quality of the shuffle.
 
     python tests/benchmarks/bench_order.py [--rounds 5] [--epochs 5]
 
@@ -7,11 +7,13 @@ a perfect one and with webdataset's own (shardshuffle=100, then a buffer), on nu
 """
 
 import argparse
+import multiprocessing
 import os
 import tempfile
 import time
 from collections.abc import Callable
 from functools import partial
+from multiprocessing.connection import Connection
 from pathlib import Path
 
 import numpy as np
@@ -21,6 +23,7 @@ from bench_loader import apart, rss
 from measure import hardware, with_spread
 from numpy.typing import NDArray
 
+from pipeline import manifest as manifests
 from pipeline.config import DataConfig, OptimConfig
 from pipeline.manifest import SCHEMA, Shard, read_manifest, write_manifest
 from pipeline.order import EpochOrder, micro_batches, steps_per_epoch
@@ -34,21 +37,31 @@ BLOCK = DataConfig().shuffle_block
 
 def start(folder: Path, *, rounds: int) -> None:
     rows, shards = imagenet_rows()
+    folder.mkdir()
     begun = time.perf_counter()
     write_manifest(folder, rows, classes=[f"n{c:08d}" for c in range(CLASSES)], shards=shards, made={})
     seconds, size = time.perf_counter() - begun, sum(p.stat().st_size for p in folder.iterdir()) / 1e6
     print(
         f"start: {len(rows)} samples, {len(shards)} shards: written in {seconds:.2f} s, {size:.1f} MB on disk"
     )
-    opened, resumed, held, most = [], [], [], []
+    (first, _, before), peak = apart(open_and_resume, folder, 0)
+    print(
+        f"  the first process of a machine opens it in {first:.2f} s and holds at most {peak - before:.0f} MB"
+    )
+    opened, resumed, most = [], [], []
     for n in range(rounds):
-        (open_seconds, resume_seconds, before, after), peak = apart(open_and_resume, folder, n)
+        (open_seconds, resume_seconds, before), peak = apart(open_and_resume, folder, n)
         opened.append(open_seconds)
         resumed += resume_seconds
-        held.append(after - before)
         most.append(peak - before)
-    print(f"  opens in {with_spread(opened)} s, n = {rounds} processes; holds {with_spread(held, '.0f')} MB")
-    print(f"  opening and resuming hold at most {with_spread(most, '.0f')} MB")
+    print(f"  the next open it in {with_spread(opened)} s, n = {rounds} processes")
+    print(f"  opening and resuming hold at most {with_spread(most, '.0f')} MB, shared ones included")
+    for shared, what in ((True, "shared"), (False, "not shared")):
+        for processes in (1, 4):
+            held = [together(folder, processes, shared=shared) for _ in range(rounds)]
+            print(
+                f"  {what}, {processes} process(es) hold together {with_spread(held, '.0f')} MB, n = {rounds}"
+            )
     print(
         f"  resume, rank 3 of 8, any step of any epoch, to the numbers of its first batch: "
         f"{with_spread([1e3 * s for s in resumed], '.1f')} ms, n = {len(resumed)}",
@@ -81,12 +94,48 @@ def imagenet_rows() -> tuple[pa.Table, list[Shard]]:
     return pa.table(columns, schema=SCHEMA), shards
 
 
-def open_and_resume(folder: Path, seed: int) -> tuple[float, list[float], float, float]:
-    """Seconds to open, seconds of ten resumes, MB before and after."""
+def together(folder: Path, processes: int, *, shared: bool) -> float:
+    """MB that opening the manifest adds to all these processes: PSS, where one page counts once in their sum."""
+    spawn = multiprocessing.get_context("spawn")
+    pipes = [spawn.Pipe() for _ in range(processes)]
+    children = [spawn.Process(target=_hold, args=(far, folder, shared)) for _, far in pipes]
+    for child, (_, far) in zip(children, pipes, strict=True):
+        child.start()
+        far.close()
+    held = []
+    for _ in range(2):  # before and after
+        for near, _ in pipes:
+            near.recv()
+        held.append(sum(pss(child.pid or 0) for child in children))
+        for near, _ in pipes:
+            near.send(None)
+    for child in children:
+        child.join()
+    return held[1] - held[0]
+
+
+def _hold(pipe: Connection, folder: Path, shared: bool) -> None:
+    manifests.MAPPED_BYTES = manifests.MAPPED_BYTES if shared else 1 << 62
+    pipe.send(None)
+    pipe.recv()
+    manifest = read_manifest(folder)
+    pipe.send(None)
+    pipe.recv()
+    del manifest
+
+
+def pss(process: int) -> float:
+    """MB of a process; a page that k processes have counts as a k-th."""
+    lines = Path(f"/proc/{process}/smaps_rollup").read_text().splitlines()
+    return next(int(line.split()[1]) * 1024 / 1e6 for line in lines if line.startswith("Pss:"))
+
+
+def open_and_resume(folder: Path, seed: int) -> tuple[float, list[float], float]:
+    """Seconds to open, seconds of ten resumes, MB before."""
     rng, before = np.random.default_rng(seed), rss(os.getpid())
     begun = time.perf_counter()
     samples = read_manifest(folder).split("train")
-    opened, after, resumed = time.perf_counter() - begun, rss(os.getpid()), []
+    opened, resumed = time.perf_counter() - begun, []
     optim = OptimConfig()
     for _ in range(10):
         step, epoch = rng.integers(steps_per_epoch(len(samples), optim.global_batch)), rng.integers(90)
@@ -102,7 +151,7 @@ def open_and_resume(folder: Path, seed: int) -> tuple[float, list[float], float,
         )
         next(batches)
         resumed.append(time.perf_counter() - begun)
-    return opened, resumed, before, after
+    return opened, resumed, before
 
 
 # --- shuffling ----------------------------------------------------------------------------------------------
@@ -166,7 +215,8 @@ def main() -> None:
     options = parser.parse_args()
     print(f"{hardware()}, {os.cpu_count()} cores")
     with tempfile.TemporaryDirectory() as folder:
-        start(Path(folder), rounds=options.rounds)
+        os.environ["GSA_CACHE"] = f"{folder}/cache"
+        start(Path(folder) / "set", rounds=options.rounds)
     shuffle(epochs=options.epochs)
 
 

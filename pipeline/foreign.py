@@ -33,7 +33,7 @@ from pipeline.manifest import (
     read_manifest,
     write_manifest,
 )
-from pipeline.remote import SCHEMES, is_url, shown
+from pipeline.remote import SCHEMES, Unreachable, is_url, shown
 from pipeline.rundir import hold, sync
 from pipeline.scan import MAX_CLASSES, UNPRINTABLE, Sample, Scan, left_out, scan
 
@@ -86,7 +86,7 @@ def index(
         "classes": names,
         "shards": shards,
         "made": {
-            "settings": {"source": "index", **config.model_dump(mode="json")},
+            "settings": _settings(config),
             "input_digest": digest(content),
         },
         "broken": broken,
@@ -103,6 +103,29 @@ def index(
         ) from None
 
 
+def unchanged(config: IndexConfig, folder: Path) -> Manifest | None:
+    """The manifest in `folder`, if the same options made it of the same tars: by name and, here, size and time."""
+    path = folder / MANIFEST
+    if not path.is_file() or [p.name for p in folder.iterdir()] != [MANIFEST]:
+        return None
+    manifest = read_manifest(folder)
+    known = {shard.path: shard for shard in manifest.shards}
+    content = []
+    for _, place in _places(config):
+        size, sha256 = (known[place].bytes, known[place].sha256) if place in known else (0, "")
+        if not is_url(place):
+            found = os.stat(place)
+            size = found.st_size if found.st_mtime_ns <= path.stat().st_mtime_ns else -1
+        content.append([place, size, sha256])
+    made = {"settings": _settings(config), "input_digest": digest(content)}
+    names = _read_classes(Path(config.classes)) if config.classes else list(manifest.classes)
+    return manifest if manifest.made == made and tuple(names) == manifest.classes else None
+
+
+def _settings(config: IndexConfig) -> dict[str, Any]:
+    return {"source": "index", **config.model_dump(mode="json")}
+
+
 def _check_free(folder: Path, *, replace: bool) -> None:
     """Raises InputError unless `folder` is new, empty, or only a manifest that may be replaced."""
     if folder.exists() and not folder.is_dir():
@@ -112,7 +135,10 @@ def _check_free(folder: Path, *, replace: bool) -> None:
     if others:  # shards that were built, perhaps: an index never deletes any
         raise InputError(f"{folder}: {others[0]!r} is in it; next: move it away, or choose another name")
     if names and not replace:
-        raise InputError(f"{folder}: exists already; next: choose another name, or replace it (--replace)")
+        raise InputError(
+            f"{folder}: exists already, made otherwise or of tars that have changed since; "
+            "next: choose another name, or replace it (--replace)"
+        )
 
 
 def _write(folder: Path, rows: pa.Table, values: dict[str, Any]) -> Manifest:
@@ -156,6 +182,13 @@ def local_tars(pattern: str) -> list[str]:
 
 
 def _expand(pattern: str) -> list[str]:
+    if "://" in pattern and re.search(r"://[^/]*@|\?", pattern):
+        bare = re.sub(r"://[^/]*@", "://", pattern.partition("?")[0])
+        raise InputError(
+            f"{bare!r}: expected a URL without user, password or query (?...): the manifest, which people share, "
+            "would keep them, and what is signed expires; next: the URL alone, its credentials in ~/.netrc, or "
+            "in the environment or fsspec's own configuration, as the service has it"
+        )
     if UNPRINTABLE.search(pattern):
         raise InputError(f"{pattern!r}: a name that cannot be printed; next: rename it")
     scheme = SCHEME.match(pattern)
@@ -188,11 +221,6 @@ def _expand_url(pattern: str, scheme: str) -> list[str]:
         raise InputError(
             f"{pattern!r}: {scheme}: is not read; expected a path (./{pattern} if it is one), "
             f"or a URL of {', '.join(SCHEMES)}"
-        )
-    if "@" in pattern.partition("://")[2].partition("/")[0]:
-        raise InputError(
-            f"{shown(pattern)}: the manifest would keep the password in this URL; "
-            "next: put it into ~/.netrc, or into the environment as the service has it"
         )
     if "*" in shown(pattern):
         raise InputError(f"{shown(pattern)}: a URL has no globs; next: write a range: {{000000..001023}}")
@@ -242,12 +270,15 @@ def _scan_all(config: IndexConfig, places: list[tuple[str, str]], progress: Prog
     tars: list[_Tar] = []
     faults: list[str] = []
     with _map(_processes(len(places), checksums=checksums)) as mapped:
-        for (split, place), found in zip(places, mapped(read, [p for _, p in places]), strict=False):
-            tars.append(_tar(split, place, found))
-            faults += [found.fault] if found.fault else []
-            progress(len(tars), len(places))
-            if len(faults) == MAX_FAULTS:
-                break
+        try:
+            for (split, place), found in zip(places, mapped(read, [p for _, p in places]), strict=False):
+                tars.append(_tar(split, place, found))
+                faults += [found.fault] if found.fault else []
+                progress(len(tars), len(places))
+                if len(faults) == MAX_FAULTS:
+                    break
+        except Unreachable as error:  # the other tars there would take as long
+            raise InputError(str(error)) from None
     if faults:
         raise ShardError(
             f"{len(faults)} of {len(tars)} tars cannot be indexed: {_joined(faults)}; "
@@ -328,11 +359,13 @@ def _assemble(tars: list[_Tar], classes: list[str]) -> tuple[list[Shard], pa.Tab
     """Shards, rows and what is left out. Raises InputError if that is more than 1 %."""
     numbers = {name: number for number, name in enumerate(classes)}
     shards, tables, broken = [], [SCHEMA.empty_table()], []
+    strange: list[int | str] = []
     for tar, name in zip(tars, _names([tar.place for tar in tars]), strict=True):
         labels = [numbers.get(label, -1) if isinstance(label, str) else label for label in tar.labels]
         good = np.array([0 <= label < len(classes) for label in labels], bool)
         broken += tar.scan.broken
         for row in np.flatnonzero(~good).tolist():
+            strange.append(tar.labels[row])
             reason = f"label {tar.labels[row]!r} is none of the {len(classes)} classes"
             broken.append(left_out(tar.place, str(tar.columns["key"][row]), reason))
         count = int(good.sum())
@@ -340,8 +373,21 @@ def _assemble(tars: list[_Tar], classes: list[str]) -> tuple[list[Shard], pa.Tab
             shards.append(Shard(name, tar.split, tar.scan.sha256, tar.scan.bytes, count, tar.place))
             tables.append(_table(tar, name, labels).filter(pa.array(good)))
     rows = pa.concat_tables(tables).unify_dictionaries()
+    _check_labels(strange, len(strange) + len(rows), classes)
     _check_broken(broken, len(rows))
     return shards, rows, broken
+
+
+def _check_labels(strange: list[int | str], total: int, classes: list[str]) -> None:
+    """Where many labels have no class, the file of classes is not that of these tars."""
+    if len(strange) > MAX_BROKEN * total:
+        labels = sorted(set(strange), key=lambda label: (isinstance(label, str), label))
+        last = len(classes) - 1
+        raise InputError(
+            f"--classes: expected a name for every label, got {len(classes)} names (for labels 0..{last}); "
+            f"{len(strange)} of {total} samples have others: {named([repr(label) for label in labels])}; "
+            "next: a file with a line for each class, in the labels' order"
+        )
 
 
 def _check_broken(broken: list[dict[str, str]], good: int) -> None:

@@ -12,7 +12,7 @@ from rich.progress import TimeRemainingColumn as Eta
 PLAIN_EVERY_S = 10.0
 
 # done, total, a short text: may be called often and from any thread
-Update = Callable[[int, int, str], None]
+Update = Callable[[float, int, str], None]
 
 
 @contextmanager
@@ -39,7 +39,7 @@ def _terminal(title: str, unit: str) -> Iterator[Update]:
     with Progress(*columns, console=Console(stderr=True), transient=True) as progress:
         task = progress.add_task(title, total=None, text="")
 
-        def update(done: int, total: int, text: str) -> None:
+        def update(done: float, total: int, text: str) -> None:
             progress.update(task, completed=done, total=total, text=text)
 
         yield update
@@ -48,20 +48,20 @@ def _terminal(title: str, unit: str) -> Iterator[Update]:
 def _plain(title: str, unit: str) -> Update:
     last, first = 0.0, None
 
-    def update(done: int, total: int, text: str) -> None:
+    def update(done: float, total: int, text: str) -> None:
         nonlocal last, first
         now = time.monotonic()
         first = first or (now, done)  # what an earlier call has done took no time of this one
         if now - last >= PLAIN_EVERY_S or done == total:
             last = now
             left = _left(now - first[0], done - first[1], total - done)
-            words = (f"  {title} {done}/{total} {unit}", left, text)
+            words = (f"  {title} {round(done, 2):.10g}/{total} {unit}", left, text)
             print(" ".join(word for word in words if word), file=sys.stderr, flush=True)
 
     return update
 
 
-def _left(seconds: float, done: int, to_do: int) -> str:
+def _left(seconds: float, done: float, to_do: float) -> str:
     """`eta 1:02:03`, of what was done in these seconds; nothing where that tells nothing."""
     if not (done and to_do):
         return ""

@@ -30,11 +30,26 @@ Read = Callable[[int], bytes]  # at most so many bytes, b"" at the end
 
 
 class RemoteError(OSError):
-    """A shard that cannot be had. Its text names the URL, without what may be secret in it."""
+    """A shard that cannot be had. Its text names the URL, without what may be secret in it.
+
+    `strerror` is the text without the next move, for a message that has one of its own.
+    """
+
+    def __init__(self, fault: str, move: str = "") -> None:
+        super().__init__(f"{fault}; next: {move}" if move else fault)
+        self.strerror = fault
+
+
+class Unreachable(RemoteError):
+    """No attempt got an answer: asking the same host for another shard would take as long."""
 
 
 class _Passing(Exception):
     """A failure that may be over at the next attempt."""
+
+
+class _Silent(_Passing):
+    """One in which the server said nothing at all."""
 
 
 def is_url(place: str) -> bool:
@@ -52,6 +67,11 @@ def shown(place: str) -> str:
     return f"{scheme}{mark}{host.rpartition('@')[2]}{slash}{path}"
 
 
+def host(url: str) -> str:
+    """`https://example.org:80`, `s3://bucket`: whose silence concerns all shards there."""
+    return "/".join(shown(url).split("/")[:3])
+
+
 def open_cached(url: str, size: int, sha256: str) -> int:
     """A descriptor of a shard's copy on this machine, fetched first if it is not there; to be closed by you.
 
@@ -60,7 +80,7 @@ def open_cached(url: str, size: int, sha256: str) -> int:
     some attempts, other bytes than expected, no room.
     """
     if not is_url(url):
-        raise RemoteError(f"{url!r} is no URL that is read; schemes: {', '.join(SCHEMES)}")
+        raise RemoteError(f"{without_secrets(url)!r} is no URL that is read", f"one of {', '.join(SCHEMES)}")
     folder, path = cache_folder(), _path(url, size, sha256)
     try:
         folder.mkdir(mode=0o700, parents=True, exist_ok=True)
@@ -74,9 +94,16 @@ def open_cached(url: str, size: int, sha256: str) -> int:
         raise
     except OSError as error:
         raise RemoteError(
-            f"{shown(url)}: cannot be kept in {folder}: {error.strerror or error}; "
-            "next: make room there, or set GSA_CACHE to another folder"
+            f"{shown(url)}: cannot be kept in {folder}: {error.strerror or error}",
+            "make room there, or set GSA_CACHE to another folder",
         ) from None
+
+
+def has_copy(url: str, size: int, sha256: str) -> bool:
+    """Whether `open_cached` would find a shard's copy, and ask no server."""
+    with suppress(OSError):
+        return _path(url, size, sha256).stat().st_size == size
+    return False
 
 
 def discard(url: str, size: int, sha256: str) -> None:
@@ -97,16 +124,18 @@ def cache_folder() -> Path:
     return Path(own or os.path.join(base, "gsa", "shards")).absolute()
 
 
-def _bound() -> int:
+def bound() -> int:
     """Bytes that the cache may hold."""
     text = os.environ.get("GSA_CACHE_GB", str(CACHE_GB))
     try:
-        bound = int(float(text) * 1e9)
+        most = int(float(text) * 1e9)
     except (ValueError, OverflowError):
-        bound = 0
-    if bound <= 0:
-        raise RemoteError(f"GSA_CACHE_GB: expected a number above 0, got {text!r}")
-    return bound
+        most = 0
+    if most <= 0:
+        raise RemoteError(
+            f"GSA_CACHE_GB: expected a number above 0, got {text!r}", "set it to gigabytes, as in 100"
+        )
+    return most
 
 
 def _open(path: Path, size: int) -> int | None:
@@ -135,8 +164,8 @@ def _fetch(url: str, path: Path, size: int, sha256: str) -> int:
         got = with_stream(url, lambda read: _copy(url, read, number, size))
         if sha256 and got != sha256:
             raise RemoteError(
-                f"{shown(url)}: expected sha256 {sha256[:16]}..., got {got[:16]}...; "
-                "next: index the set again (--replace), if the shard was changed on purpose"
+                f"{shown(url)}: expected sha256 {sha256[:16]}..., got {got[:16]}...",
+                "index the set again (--replace), if the shard was changed on purpose",
             )
         os.fsync(number)  # the name says that the bytes are there, also after a power cut
         with _counting(path.parent):
@@ -155,7 +184,7 @@ def _copy(url: str, read: Read, number: int, size: int) -> str:
     while chunk := read(CHUNK):
         if done + len(chunk) > size:
             raise RemoteError(
-                f"{shown(url)}: expected {size} bytes, got more; next: index the set again (--replace)"
+                f"{shown(url)}: expected {size} bytes, got more", "index the set again (--replace)"
             )
         sha256.update(chunk)
         view = memoryview(chunk)
@@ -172,14 +201,14 @@ def _reserve(url: str, part: Path, size: int) -> int:
 
     What was used longest ago is dropped. What others are fetching cannot be: then this waits for them.
     """
-    bound = _bound()
-    if size > bound:
+    most = bound()
+    if size > most:
         raise RemoteError(
-            f"{shown(url)}: its {size} bytes are above the cache's bound of {bound}; next: raise GSA_CACHE_GB"
+            f"{shown(url)}: its {size} bytes are above the cache's bound of {most}", "raise GSA_CACHE_GB"
         )
     while True:
         with _counting(part.parent):
-            if _make_room(part, bound - size):
+            if _make_room(part, most - size):
                 number = os.open(part, os.O_RDWR | os.O_CREAT | os.O_TRUNC | os.O_CLOEXEC, 0o600)
                 os.truncate(number, size)  # counted from now on, though nothing is written yet
                 return number
@@ -231,10 +260,10 @@ def _abandoned(part: Path) -> bool:
 def with_stream(url: str, use: Callable[[Read], T]) -> T:
     """What `use` makes of the bytes at a URL, read once from the first to the last.
 
-    When the network fails it is called again, with a new stream. Raises RemoteError after the last attempt,
-    or at once where another cannot help; what `use` raises itself passes through.
+    When the network fails it is called again, with a new stream. Raises RemoteError (Unreachable: no answer)
+    after the last attempt, or at once where another cannot help; what `use` raises itself passes through.
     """
-    reason = ""
+    reason, kind = "", RemoteError
     for pause in (0.0, *PAUSES_S):
         # Jitter: not all ranks at once. From the system: no generator's state is touched.
         time.sleep(pause * random.SystemRandom().uniform(0.5, 1.5))
@@ -242,9 +271,9 @@ def with_stream(url: str, use: Callable[[Read], T]) -> T:
             with closing(_opened(url)) as file:
                 return use(partial(_translated, url, file.read))
         except _Passing as failure:
-            reason = str(failure)
-    raise RemoteError(
-        f"{shown(url)}: {reason} ({1 + len(PAUSES_S)} attempts); next: see whether the server can be reached"
+            reason, kind = str(failure), Unreachable if isinstance(failure, _Silent) else RemoteError
+    raise kind(
+        f"{shown(url)}: {reason} ({1 + len(PAUSES_S)} attempts)", f"see whether {host(url)} can be reached"
     )
 
 
@@ -275,34 +304,40 @@ def _translated(url: str, call: Callable[..., T], *arguments: Any) -> T:
         return call(*arguments)
     except ImportError:
         package = PACKAGES.get(url.partition("://")[0], "fsspec[http]")
-        raise RemoteError(f"{shown(url)}: needs a package; next: pip install '{package}'") from None
+        raise RemoteError(f"{shown(url)}: needs a package", f"pip install '{package}'") from None
     except Exception as error:  # each library has its own kinds
-        reason, final = _reason(error)
-        if final:
-            raise RemoteError(f"{shown(url)}: {reason}") from None
-        raise _Passing(reason) from None
+        kind, reason = _reason(error)
+        if kind is RemoteError:
+            raise RemoteError(
+                f"{shown(url)}: {reason}", "see the URL, and the credentials of this machine"
+            ) from None
+        raise kind(reason) from None
 
 
-def _reason(error: Exception) -> tuple[str, bool]:
-    """Why, without what may be secret; and whether another attempt is in vain."""
-    from aiohttp import ClientPayloadError, ClientResponseError, InvalidURL
+def _reason(error: Exception) -> tuple[type[Exception], str]:
+    """What becomes of it: a RemoteError, where another attempt is in vain; and why, without what may be secret."""
+    from aiohttp import ClientConnectionError, ClientPayloadError, ClientResponseError, InvalidURL
 
     if isinstance(error, ClientResponseError):
         final = 400 <= error.status < 500 and error.status not in (408, 425, 429)
-        return f"HTTP {error.status} {error.message}", final
+        return RemoteError if final else _Passing, f"HTTP {error.status} {error.message}"
     if isinstance(error, FileNotFoundError):
-        return "not found", True
+        return RemoteError, "not found"
     if isinstance(error, PermissionError):
-        return f"no permission ({type(error).__name__}); next: see the credentials of this machine", True
+        return RemoteError, f"no permission ({type(error).__name__})"
     if isinstance(error, InvalidURL):
-        return "no valid URL", True
+        return RemoteError, "no valid URL"
     if isinstance(error, ClientPayloadError):
-        return "the answer broke off", False
+        return _Passing, "the answer broke off"
     if isinstance(error, asyncio.TimeoutError | TimeoutError):
-        return f"no answer for {ANSWER_S:.0f} s", False
-    return _without_secrets(f"{type(error).__name__}: {' '.join(str(error).split())}"), False
+        return _Silent, f"no answer for {ANSWER_S:.0f} s"
+    name = type(error).__name__
+    # Of botocore, EndpointConnectionError and the like are no OSErrors.
+    silent = isinstance(error, OSError | ClientConnectionError) or "Connect" in name
+    return _Silent if silent else _Passing, without_secrets(f"{name}: {' '.join(str(error).split())}")
 
 
-def _without_secrets(text: str) -> str:
+def without_secrets(text: str) -> str:
+    """A text whose URLs, of whatever scheme, have neither user, password nor query."""
     text = re.sub(r"(\w://)[^/\s'\"]*@", r"\1", text)
     return re.sub(r"(\w://[^\s?'\"]*)\?[^\s'\"]*", r"\1", text)

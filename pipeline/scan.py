@@ -12,7 +12,7 @@ from typing import IO, Any, NamedTuple, cast
 from PIL import Image
 
 from pipeline.decode import FORMATS, MAX_FILE_BYTES, MAX_PIXELS
-from pipeline.remote import Read, RemoteError, is_url, shown, with_stream
+from pipeline.remote import Read, RemoteError, Unreachable, is_url, shown, with_stream
 
 PICTURES = ("jpg", "jpeg", "png", "webp")  # a member's ending, in any case
 MAX_CLASSES = 1_000_000
@@ -70,7 +70,10 @@ class _Fault(Exception):
 
 
 def scan(place: str, *, label_field: str | None, checksums: bool) -> Scan:
-    """Read a tar, local or remote. Nothing of it is ever written, unpickled, or taken for a path."""
+    """Read a tar, local or remote. Nothing of it is ever written, unpickled, or taken for a path.
+
+    Raises Unreachable: its host does not answer.
+    """
     try:
         if is_url(place):
             return with_stream(place, lambda read: _scan_tape(_Tape(read), place, label_field, True))
@@ -79,8 +82,10 @@ def scan(place: str, *, label_field: str | None, checksums: bool) -> Scan:
             return _scan_tape(tape, place, label_field, checksums)
     except _Damaged as fault:
         return _failed(f"{shown(place)}: {fault}")
+    except Unreachable:
+        raise
     except RemoteError as error:
-        return _failed(str(error))
+        return _failed(str(error.strerror))
     except OSError as error:
         return _failed(f"{place}: cannot be read: {error.strerror or error}")
 

@@ -27,7 +27,6 @@ from pipeline.manifest import (
     SHARD_NAME,
     VERSION,
     Manifest,
-    Progress,
     Shard,
     ShardError,
     cut_short,
@@ -85,11 +84,14 @@ class _Plan(NamedTuple):
     splits: dict[str, list[int]]  # numbers of entries
 
 
+Progress = Callable[[str, int, int], None]  # (phase: checked or written, pictures done, total)
+
+
 class _Count:
     """Pictures that are done, told to `progress` from any thread; after `stop` each thread ends at its next."""
 
-    def __init__(self, progress: Progress, total: int) -> None:
-        self._progress, self._total, self._done = progress, total, 0
+    def __init__(self, progress: Progress, phase: str, total: int) -> None:
+        self._progress, self._phase, self._total, self._done = progress, phase, total, 0
         self._stopped, self._lock = False, threading.Lock()
 
     def add(self, pictures: int = 1) -> None:
@@ -98,7 +100,7 @@ class _Count:
                 raise CancelledError
             if pictures:
                 self._done += pictures
-                self._progress(self._done, self._total)
+                self._progress(self._phase, self._done, self._total)
 
     def stop(self) -> None:
         with self._lock:
@@ -113,7 +115,7 @@ def build(
     A killed build, or one without room, keeps what it has finished in .NAME.building; the next call with
     the same settings and input goes on from there, and the set has the same bytes as if made in one go.
     A set made with the same settings of the same input is returned as it is; `replace` builds it again, and
-    in place of any other set. `progress` counts each picture twice: checked, then written.
+    in place of any other set. `progress` counts pictures: those checked, then those written.
     Raises InputError: no such input, fewer than two classes, `folder` made otherwise, no room.
     """
     folder = folder.resolve()
@@ -128,7 +130,7 @@ def build(
             manifest = _existing(folder, made, replace=replace)
             if manifest:
                 return Built(manifest, reused=True)
-            _build(folder, config, source, made, progress or (lambda done, total: None))
+            _build(folder, config, source, made, progress or (lambda phase, done, total: None))
     except InputFault as error:
         raise InputError(
             f"input {error.filename!r}: cannot be read: {error.strerror}; what is finished is kept; "
@@ -279,8 +281,8 @@ def _fill(
 ) -> None:
     """List, check, plan, write: all of the set, its manifest last."""
     listing = source.listing()
-    entries, count = listing.entries, _Count(progress, 2 * len(listing.entries))
-    checked = _check(building / WORK, listing, count)
+    entries = listing.entries
+    checked = _check(building / WORK, listing, _Count(progress, "checked", len(entries)))
     faults = checked["fault"].to_pylist()
     good = [i for i, fault in enumerate(faults) if not fault]
     classes, empty = usable_classes(source.root, listing, [entries[i] for i in good])
@@ -290,7 +292,7 @@ def _fill(
         )
     splits = split_pictures(entries, good, classes, val_fraction=config.val_fraction, seed=config.seed)
     plan = _Plan(config, listing, checked, {name: n for n, name in enumerate(classes)}, splits)
-    count.add(len(entries) - sum(len(members) for members in splits.values()))  # left out counts as written
+    count = _Count(progress, "written", sum(len(members) for members in splits.values()))
     shards, rows = _write(building, plan, count)
     broken = [{"file": entries[i].origin, "reason": fault} for i, fault in enumerate(faults) if fault]
     write_manifest(

@@ -1,12 +1,14 @@
 """Stream: train shards without a manifest, each read from end to end by webdataset. Less is promised: see below."""
 
 import logging
+import os
 import random
+import tarfile
 import zlib
 from collections.abc import Iterator, Sequence
-from itertools import islice
+from itertools import chain, islice
 from pathlib import Path
-from typing import Any
+from typing import IO, Any
 
 import numpy as np
 from torch import Tensor
@@ -16,11 +18,12 @@ from pipeline.data import PICTURE_DRAWS, Batch, Outcome, load, train_picture
 from pipeline.foreign import local_tars
 from pipeline.manifest import ShardError, named
 from pipeline.order import Draws, sample_draws, steps_per_epoch
-from pipeline.scan import PICTURES
+from pipeline.scan import COMPRESSED, PICTURES
 
 log = logging.getLogger("gsa")
 
 SHUFFLE = 5_000  # samples that are drawn from at a time
+END = 2 * tarfile.BLOCKSIZE  # zeros behind the last member
 
 
 def stream_loader(
@@ -38,9 +41,10 @@ def stream_loader(
 
     What is promised: all ranks get equally many, from shards in an order of (seed, epoch), in a pass over them
     each by one rank, shuffled through a buffer of 5,000. What is not, unlike with a manifest: that a sample is
-    seen just once in an epoch (a rank whose shards are used up begins again); that batches are the same for another
-    number of ranks; that a resume goes on with the samples not yet seen (it begins the shards again); that a
-    shard that is cut short is noticed. Only pictures, `cls` and no other members are decoded.
+    seen just once in an epoch (a rank whose shards are used up begins again, which is logged); that batches are the
+    same for another number of ranks; that a resume goes on with the samples not yet seen (it begins the shards
+    again); that each sample of a damaged shard counts: how many it had is not known, so that a shard that is cut or
+    cannot be read counts as one bad sample. Only pictures, `cls` and no other members are decoded.
     Raises InputError: no such shards, fewer than ranks, not one sample in them.
     """
     tars = local_tars(str(config.data.stream))
@@ -63,6 +67,8 @@ def stream_loader(
 
     def read(sample: dict[str, Any], numbers: list[float], image: Tensor) -> Outcome:
         key, shard = sample["__key__"], Path(sample["__url__"]).name
+        if "__lost__" in sample:
+            return Outcome(number(sample), 0, shard, f"{sample['__url__']}: {sample['__lost__']}")
         try:
             label = _label(sample, classes)
             train_picture(_picture(sample), numbers, config.data, image)
@@ -74,24 +80,61 @@ def stream_loader(
 
 
 def _samples(tars: list[str], rng: random.Random, rank: int, world: int) -> Iterator[dict[str, Any]]:
-    """The undecoded samples of this rank's shards, without end."""
+    """The undecoded samples of this rank's shards, without end; and a `__lost__` for what is damaged."""
     import webdataset
 
-    options = {"shardshuffle": False, "nodesplitter": None, "workersplitter": None, "empty_check": False}
+    told = False
     while True:
         mine = rng.sample(tars, len(tars))[rank::world]
-        data = webdataset.WebDataset(mine, handler=_go_on, **options)
-        nothing = True
-        for sample in data.shuffle(SHUFFLE, rng=random.Random(rng.random())):
-            nothing = False
+        shuffled = webdataset.shuffle(SHUFFLE, rng=random.Random(rng.random()))
+        count = 0
+        for sample in shuffled(chain.from_iterable(map(_samples_of, mine))):
+            count += "__lost__" not in sample
             yield sample
-        if nothing:
+        if not count:
             raise ShardError(f"data.stream: not one sample in {named([repr(tar) for tar in mine])}")
+        if not told:
+            told = True
+            log.warning(
+                "stream_begins_again rank=%d samples=%d: its shards are below its part of data.stream_samples, "
+                "and come again in this epoch; next: data.stream_samples of at most about %d",
+                rank,
+                count,
+                count * world,
+            )
 
 
-def _go_on(error: Exception) -> bool:
-    log.warning("bad_shard %s", error)
-    return True
+def _samples_of(tar: str) -> Iterator[dict[str, Any]]:
+    """The samples of a shard; at its end, a `__lost__` for each fault. Opened here: webdataset takes URLs."""
+    from webdataset.tariterators import group_by_keys, tar_file_expander
+
+    lost: list[str] = []
+
+    def go_on(error: Exception) -> bool:
+        known = isinstance(error, OSError) and error.strerror
+        lost.append(str(known or error.args[0]).partition(" @ ")[0])  # behind it, webdataset's own
+        return True
+
+    try:
+        with open(tar, "rb") as file:
+            members = tar_file_expander([{"url": tar, "stream": file}], handler=go_on)
+            yield from group_by_keys(members, handler=go_on)
+            if not lost and not _whole(file):
+                lost.append("cut short: no end of the archive")
+    except OSError as error:
+        lost.append(f"cannot be read: {error.strerror}")
+    for reason in dict.fromkeys(lost):  # an end that comes too early is met twice
+        yield {"__key__": "", "__url__": tar, "__lost__": reason}
+
+
+def _whole(file: IO[bytes]) -> bool:
+    """Whether an archive ends in its two blocks of zeros. Of a compressed one, the decompressor says it."""
+    file.seek(0)
+    if file.read(4).startswith(COMPRESSED):
+        return True
+    size = file.seek(0, os.SEEK_END)
+    file.seek(max(0, size - END))
+    return file.read() == bytes(END)
 
 
 def _picture(sample: dict[str, Any]) -> bytes:

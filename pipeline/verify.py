@@ -7,6 +7,7 @@ import os
 import tarfile
 import zlib
 from collections import Counter
+from collections.abc import Callable
 from pathlib import Path
 from typing import Any
 
@@ -26,18 +27,22 @@ from pipeline.manifest import (
     read_manifest,
     read_sample,
 )
-from pipeline.remote import is_url, open_cached
+from pipeline.remote import RemoteError, Unreachable, cache_folder, has_copy, host, is_url, open_cached
 from pipeline.rundir import write_atomic
 
 NOT_THERE = "no picture where the manifest says"
 OTHER_BYTES = "crc32 differs from the manifest's"
 
 
-def verify(folder: Path, progress: Progress | None = None) -> list[str]:
+def verify(
+    folder: Path, progress: Progress | None = None, *, say: Callable[[str], None] | None = None
+) -> list[str]:
     """Every fault, each with its shard's name; an empty list says that all bytes and rows are as written.
 
     Of a foreign set, whose manifest has no checksums, this proves its shards' sizes and that each picture
-    is a member where the manifest says. `progress` counts shards.
+    is a member where the manifest says. A remote shard is proved by its copy in the cache, fetched if need be;
+    `say` is told how many of each. A host that does not answer is asked for one shard, and is one fault.
+    `progress` counts shards.
     """
     try:
         manifest = read_manifest(folder)
@@ -46,10 +51,27 @@ def verify(folder: Path, progress: Progress | None = None) -> list[str]:
     known = {s.name for s in manifest.shards}
     surplus = sorted(p.name for p in folder.glob("*.tar") if p.name not in known)
     faults = [f"{name!r}: not in the manifest" for name in surplus]
+    copies, fetched = 0, 0
+    silent: dict[str, list[str]] = {}  # by host: what its first shard met, then the shards not asked for
     for done, shard in enumerate(manifest.shards, 1):
-        faults += _shard_faults(manifest, shard)
+        at = host(shard.path) if is_url(shard.path) else ""
+        copy = has_copy(shard.path, shard.bytes, shard.sha256)
+        if copy or at not in silent:
+            try:
+                faults += _shard_faults(manifest, shard)
+            except Unreachable as error:
+                silent[at] = [str(error.strerror)]
+            copies += copy
+            fetched += not copy and has_copy(shard.path, shard.bytes, shard.sha256)
+        else:
+            silent[at].append(shard.name)
         if progress:
             progress(done, len(manifest.shards))
+    for at, (fault, *others) in silent.items():
+        rest = f"; not asked for there: {named(others)}" if others else ""
+        faults.append(f"{fault}{rest}; next: see whether {at} can be reached, then verify again")
+    if say and any(is_url(shard.path) for shard in manifest.shards):
+        say(f"remote shards: {copies} read from their copies in {cache_folder()}, {fetched} fetched now")
     return faults
 
 
@@ -67,6 +89,10 @@ def _shard_faults(manifest: Manifest, shard: Shard) -> list[str]:
             if not fault:
                 return [f"{shard.name}: {f}" for f in _row_faults(file, samples, rows)]
             damaged = [samples.key(i) for i in rows if not _same_bytes(file, samples, i)]
+    except Unreachable:
+        raise
+    except RemoteError as error:  # names the shard, and the next move
+        return [str(error)]
     except OSError as error:
         return [f"{shard.name}: cannot be read: {error.strerror or error}"]
     return [

@@ -224,7 +224,12 @@ def test_processes_find_what_one_finds(monkeypatch: pytest.MonkeyPatch) -> None:
         ("HTTP://h/a.tar", "HTTP: is not read"),
         ("http:a.tar", "http: is not read"),
         ("simplecache::http://h/a.tar", "chains"),
-        ("https://me:pw@h/a.tar", "password"),
+        ("https://me:pw@h/a.tar", "'https://h/a.tar': expected a URL without user, password or query"),
+        ("https://h/a.tar?token=pw", "'https://h/a.tar': expected a URL without user, password or query"),
+        ("https://h/{0..1}.tar?X-Sig=pw@h/", "'https://h/{0..1}.tar': expected a URL without user"),
+        ("HTTPS://me:p'w @h/a.tar", "'HTTPS://h/a.tar': expected a URL without user"),
+        ("ftp://me:pw@h/a\nb.tar", "expected a URL without user"),
+        ("simplecache::https://me:pw@h/a.tar", "'simplecache::https://h/a.tar': expected a URL without user"),
         ("https://h/*.tar", "no globs"),
         ("none.tar", "not there: 'none.tar'"),
         ("none-{00..12}.tar", "'none-00.tar', 'none-01.tar', 'none-02.tar' and 10 more"),
@@ -314,7 +319,9 @@ def test_labels_outside_of_the_classes_are_named() -> None:
     )
     Path("names").write_text("a\nb\n")
     with pytest.raises(
-        InputError, match=r"101 of 301 samples are broken, above 1%: .*a\.tar, 00002: label 2 is none"
+        InputError,
+        match=r"--classes: expected a name for every label, got 2 names \(for labels 0\.\.1\); "
+        r"101 of 301 samples have others: 2, 3; next: ",
     ):
         indexed("a.tar", classes="names", replace=True)
 
@@ -500,6 +507,23 @@ def test_a_remote_tar_that_is_cut_or_not_there_is_named(web: Web, monkeypatch: p
         indexed(web.url("a.tar"))
 
 
+def test_a_host_that_is_silent_is_asked_for_one_tar_alone(monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(foreign, "_processes", lambda tars, checksums: 1)
+    asked, opened = [], remote._open_by_fsspec
+    monkeypatch.setattr(remote, "_open_by_fsspec", lambda url: (asked.append(url), opened(url))[1])
+    with pytest.raises(
+        InputError,
+        match=r"^http://127\.0\.0\.1:1/0\.tar: .*\(3 attempts\); next: see whether http://\S* can be reached$",
+    ):
+        indexed("http://127.0.0.1:1/{0..9}.tar")
+    assert asked == ["http://127.0.0.1:1/0.tar"] * 3
+    monkeypatch.setattr(foreign, "_processes", lambda tars, checksums: 2)
+    with pytest.raises(
+        InputError, match=r"\.tar: .* attempts\); next: see whether http://127\.0\.0\.1:1 can"
+    ):
+        indexed("http://127.0.0.1:1/{0..1}.tar")
+
+
 # --- written whole or not at all ---------------------------------------------------------------------------
 
 
@@ -507,7 +531,7 @@ def test_an_index_is_replaced_only_on_demand() -> None:
     write_tar(Path("a.tar"), samples(3))
     old = indexed("a.tar")
     write_tar(Path("a.tar"), samples(4))
-    with pytest.raises(InputError, match=r"exists already; next: .*--replace"):
+    with pytest.raises(InputError, match=r"exists already, made otherwise or of tars .*; next: .*--replace"):
         indexed("a.tar")
     assert read_manifest(Path("out/set")).digest == old.digest
     assert len(rows(indexed("a.tar", replace=True))) == 4
@@ -595,6 +619,55 @@ def test_the_command_tells_what_it_made(
     assert (code, err.count("\n")) == (2, 1)
     code, _, err = call("--name", "b", "--train", "pipe:cat a.tar")
     assert (code, err.count("\n")) == (2, 1)
+
+
+def test_the_same_index_is_reused_and_no_other(
+    web: Web, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
+) -> None:
+    for n in range(2):
+        web.put(f"{n}.tar", write_tar(Path(f"{n}.tar"), samples(3)).read_bytes())
+
+    def call(*words: str) -> tuple[int, str]:
+        words = ("gsa", "shards", "index", "--name", "a", *words)
+        monkeypatch.setattr(sys, "argv", [*words])
+        monkeypatch.setattr(signal, "signal", lambda *_: None)
+        with pytest.raises(SystemExit) as end:
+            cli.main()
+        printed = capsys.readouterr()
+        return int(end.value.code or 0), (printed.out + printed.err.rpartition("gsa: ")[2]).split(":")[0]
+
+    folder = os.path.abspath("out/shards/a")
+    assert call("--train", "?.tar") == (0, "indexed")
+    assert call("--train", "?.tar") == (0, "reused, unchanged")
+    assert call("--train", "?.tar", "--replace") == (0, "indexed")
+    assert call("--train", "?.tar", "--checksums") == (2, folder)
+    write_tar(Path("2.tar"), samples(3))
+    assert call("--train", "?.tar") == (2, folder)  # another tar fits the pattern
+    Path("2.tar").unlink()
+    assert call("--train", "?.tar") == (0, "reused, unchanged")
+    os.truncate("1.tar", os.path.getsize("1.tar") + 512)
+    os.utime("1.tar", (0, 0))
+    assert call("--train", "?.tar") == (2, folder)
+    Path("names").write_text("x\ny\nz\n")
+    named = ("--train", web.url("{0..1}.tar"), "--classes", "names")
+    assert call(*named, "--replace") == (0, "indexed")
+    web.files.clear()
+    assert call(*named) == (0, "reused, unchanged (no server was asked)")
+    Path("names").write_text("z\ny\nx\n")
+    assert call(*named) == (2, folder)
+
+
+def test_a_tar_written_again_in_the_same_size_is_another() -> None:
+    write_tar(Path("a.tar"), samples(3))
+    config = validate(IndexConfig, {"name": "set", "train": ["a.tar"]}, where="test")
+    index(config, Path("out/set"))
+    assert foreign.unchanged(config, Path("out/set"))
+    size = os.path.getsize("a.tar")
+    write_tar(Path("a.tar"), [*samples(2), *sample(2, label=1)])
+    later = os.stat("out/set/manifest.parquet").st_mtime_ns + 1
+    os.utime("a.tar", ns=(later, later))
+    assert os.path.getsize("a.tar") == size
+    assert not foreign.unchanged(config, Path("out/set"))
 
 
 def test_the_name_becomes_no_path() -> None:

@@ -158,7 +158,7 @@ def test_a_file_too_large_for_a_picture_is_not_read(tmp_path: Path) -> None:
             {"source": "imagenet", "input": "x", "val_fraction": 0.1},
             "val_fraction: the split of source image",
         ),
-        ({"source": "folder", "input": ""}, "input: String should have at least 1 character"),
+        ({"source": "folder", "input": ""}, "input: expected at least 1 character"),
         ({"source": "digits", "val_fraction": 1.0}, "val_fraction: expected less than 1, got 1.0"),
         ({"source": "digits", "val_fraction": 0.0}, "val_fraction: expected greater than 0, got 0.0"),
         ({"source": "digits", "samples_per_shard": 0}, "samples_per_shard: expected greater than 0"),

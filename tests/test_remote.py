@@ -3,12 +3,14 @@
 import errno
 import hashlib
 import os
+import re
 import signal
 import subprocess
 import sys
 import time
 from collections.abc import Iterator
 from contextlib import suppress
+from dataclasses import replace
 from pathlib import Path
 from typing import Any
 
@@ -18,10 +20,13 @@ from tars import write_set
 from web import Web, serve
 
 from pipeline import manifest as manifests
-from pipeline import remote
+from pipeline import plan, remote, verbs
+from pipeline.config import InputError, Resources
 from pipeline.data import train_loader
 from pipeline.manifest import Manifest, ShardError, read_manifest, read_sample, write_manifest
 from pipeline.remote import RemoteError, cache_folder, is_url, open_cached, shown
+from pipeline.rundir import Out
+from pipeline.verify import verify
 
 SIZE = 50_000  # bytes of each shard here
 
@@ -330,8 +335,8 @@ def far_set(web: Web, folder: Path, sizes: dict[str, list[int]]) -> tuple[Manife
 def test_an_epoch_fetches_each_shard_once_and_the_next_ones_ahead(
     web: Web, tmp_path: Path, mini_config: Any
 ) -> None:
-    local, far = far_set(web, tmp_path, {"train": [12] * 8, "val": [2]})
-    config = mini_config(image_size=8, global_batch=8, micro_batch=4, shuffle_block=24)
+    local, far = far_set(web, tmp_path, {"train": [36] * 8, "val": [2]})
+    config = mini_config(image_size=8, global_batch=8, micro_batch=4, shuffle_block=72)
     place = {"epoch": 0, "first_step": 0, "world": 2, "threads": 1, "draws": 0}
     ranks = [train_loader(far.split("train"), config, rank=rank, **place) for rank in (0, 1)]
     first = [next(rank) for rank in ranks]
@@ -345,6 +350,81 @@ def test_an_epoch_fetches_each_shard_once_and_the_next_ones_ahead(
     for one, images, batches in zip(first, rest, near, strict=True):
         expected = [batch.images for batch in batches]
         assert all(a.equal(b) for a, b in zip([one.images, *images], expected, strict=True))
+
+
+def test_a_host_that_is_silent_is_asked_for_one_shard_alone(
+    web: Web, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """What has a copy, and what is elsewhere, is proved all the same."""
+    _, far = far_set(web, tmp_path, {"train": [2] * 4, "val": [2]})
+    read_sample(far.split("train"), 6)  # of the last shard
+    shards = [replace(s, path=s.path.replace(web.address, "http://127.0.0.1:1")) for s in far.shards[:3]]
+    (tmp_path / "mixed").mkdir()
+    table = manifests.pq.read_table(far.folder / manifests.MANIFEST)
+    shards += far.shards[3:]
+    write_manifest(tmp_path / "mixed", table, classes=far.classes, shards=shards, made={})
+    asked, notes, opened = [], [], remote._open_by_fsspec
+    monkeypatch.setattr(remote, "_open_by_fsspec", lambda url: (asked.append(url), opened(url))[1])
+    (fault,) = verify(tmp_path / "mixed", say=notes.append)
+    assert fault.startswith("http://127.0.0.1:1/train-000000.tar: ClientConnector")
+    assert fault.endswith(
+        "(3 attempts); not asked for there: train-000001.tar, train-000002.tar; "
+        "next: see whether http://127.0.0.1:1 can be reached, then verify again"
+    )
+    assert asked == ["http://127.0.0.1:1/train-000000.tar"] * 3 + [web.url("val-000000.tar")]
+    assert notes == [f"remote shards: 1 read from their copies in {cache_folder()}, 1 fetched now"]
+
+
+def test_a_server_that_answers_is_asked_for_every_shard(web: Web, tmp_path: Path) -> None:
+    _, far = far_set(web, tmp_path, {"train": [2] * 2, "val": [2]})
+    web.failures = 3 + 2  # the first shard's attempts, and a hiccup at the second
+    notes: list[str] = []
+    (fault,) = verify(far.folder, say=notes.append)
+    assert fault.startswith(f"{web.address}/train-000000.tar: HTTP 503 ")
+    assert fault.count("next: ") == 1
+    assert notes[0].endswith(", 2 fetched now")
+    assert verify(far.folder, say=notes.append) == []
+    assert notes[1].startswith("remote shards: 2 read from their copies in ")
+    assert notes[1].endswith(", 1 fetched now")
+
+
+def test_a_remote_fault_has_one_next_move(web: Web, tmp_path: Path) -> None:
+    _, far = far_set(web, tmp_path, {"train": [2], "val": [2]})
+    for web.failures in (99, 0):  # 503, 404
+        web.files.clear()
+        with pytest.raises(ShardError) as caught:
+            read_sample(read_manifest(far.folder).split("train"), 0)
+        assert str(caught.value).count("next: ") == 1
+    assert all(fault.count("next: ") == 1 for fault in verify(far.folder))
+
+
+def test_a_cache_below_two_blocks_is_warned_of_and_the_bound_named_would_do(
+    web: Web,
+    tmp_path: Path,
+    mini_config: Any,
+    monkeypatch: pytest.MonkeyPatch,
+    caplog: pytest.LogCaptureFixture,
+) -> None:
+    _, far = far_set(web, tmp_path, {"train": [12] * 8, "val": [2]})
+    config = mini_config(image_size=8, global_batch=8, micro_batch=4, shuffle_block=24)
+    monkeypatch.setattr(plan.math, "ceil", lambda x: x)  # to the byte
+    (size,) = {shard.bytes for shard in far.split("train").shards}
+    monkeypatch.setenv("GSA_CACHE_GB", str(3 * size / 1e9))
+    plan.check_cache(config, far)
+    (warning,) = caplog.messages
+    named = re.search(r"^small_cache GSA_CACHE_GB=.*; next: GSA_CACHE_GB=(\S+), which", warning)
+    assert named
+    monkeypatch.setenv("GSA_CACHE_GB", str(float(named[1]) * 1.001))
+    plan.check_cache(config, far)
+    assert len(caplog.messages) == 1
+    place = {"epoch": 0, "first_step": 0, "rank": 0, "world": 1, "threads": 0, "draws": 0}
+    list(train_loader(far.split("train"), config, **place))
+    assert set(web.gets.values()) == {1}
+    monkeypatch.setenv("GSA_CACHE_GB", "many")
+    config = mini_config(shards=str(far.folder), **{"optim.global_batch": 8})
+    run = plan.prepare(Out(tmp_path), config)
+    with pytest.raises(InputError, match=r"^GSA_CACHE_GB: expected a number above 0, got 'many'; next: "):
+        verbs.train(Out(tmp_path), run, Resources())
 
 
 def test_samples_are_read_from_remote_shards(web: Web, tmp_path: Path) -> None:

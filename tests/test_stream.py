@@ -1,5 +1,8 @@
 """Streaming: less is promised than with a manifest, and that much is kept."""
 
+import gzip
+import os
+import shutil
 import tarfile
 from itertools import chain
 from pathlib import Path
@@ -15,7 +18,7 @@ from pipeline.data import Batch
 from pipeline.manifest import ShardError
 from pipeline.plan import prepare
 from pipeline.rundir import Out
-from pipeline.stream import stream_loader
+from pipeline.stream import _samples_of, stream_loader
 
 pytestmark = pytest.mark.filterwarnings("ignore:unclosed file:ResourceWarning")  # by webdataset
 
@@ -94,13 +97,64 @@ def test_what_is_bad_is_logged_and_replaced(
     (tmp_path / "b.tar").write_bytes(b"no tar" * 1000)
     (batches,) = read(config(stream=str(tmp_path), stream_samples=24))
     assert 5 not in set(numbers(batches))
-    assert [shard for b in batches for shard in b.bad] in ([], ["a.tar"])  # 24 of 30 samples are seen
-    ((*_, rest),) = read(config(stream=str(tmp_path), stream_samples=48))
-    assert "bad_shard" in caplog.text
+    assert {shard for b in batches for shard in b.bad} <= {"a.tar", "b.tar"}  # 24 of 30 samples are seen
+    ((*batches, rest),) = read(config(stream=str(tmp_path), stream_samples=48))
+    assert {shard for b in batches for shard in b.bad} == {"a.tar", "b.tar"}
+    assert f"bad_sample {tmp_path}/b.tar: invalid header" in caplog.text
     assert (
         "a.tar, sample train-00000005: expected a label from 0 to 2 in its .cls member, got ''" in caplog.text
     )
     assert len(rest.labels) == 4
+
+
+def test_a_shard_that_is_cut_anywhere_is_one_bad_sample(tars: Path, tmp_path: Path) -> None:
+    """Where a header would begin, webdataset takes a cut for the end of the archive."""
+    whole = (tars / "train-000000.tar").read_bytes()
+    end = whole.rindex(b"{}") + 512  # of the last member
+    for cut in [0, 100, end, end + 512, *range(512, end, 512 * 7), *range(700, end, 512 * 11)]:
+        (tmp_path / "b.tar").write_bytes(whole[:cut])
+        found = list(_samples_of(str(tmp_path / "b.tar")))
+        assert ["__lost__" in sample for sample in found] == [False] * (len(found) - 1) + [True], cut
+    for data in (whole[: end + 1024], gzip.compress(whole)):
+        (tmp_path / "b.tar").write_bytes(data)
+        assert ["__lost__" in sample for sample in _samples_of(str(tmp_path / "b.tar"))] == [False] * 30
+
+
+def test_lost_shards_count_towards_the_budget(tars: Path, config: Any, tmp_path: Path) -> None:
+    """One that is cut, and one that is gone after the listing; all others are read."""
+    for name in ("a.tar", "b.tar", "c.tar"):
+        shutil.copy(tars / "train-000000.tar", tmp_path / name)
+    os.truncate(tmp_path / "b.tar", 512 * 30)
+    loader = stream_loader(
+        config(stream=str(tmp_path), stream_samples=72),
+        classes=CLASSES,
+        epoch=0,
+        first_step=0,
+        rank=0,
+        world=1,
+        threads=0,
+        draws=2,
+    )
+    (tmp_path / "c.tar").unlink()
+    assert {shard for b in loader for shard in b.bad} == {"b.tar", "c.tar"}
+
+
+@pytest.mark.parametrize("folder", ["a#b", "a?b", "100% x=y", "a:b"])
+def test_a_path_may_hold_any_sign(folder: str, tars: Path, config: Any, tmp_path: Path) -> None:
+    (tmp_path / folder).mkdir()
+    shutil.copy(tars / "train-000000.tar", tmp_path / folder / "a#1?x.tar")
+    (batches,) = read(config(stream=str(tmp_path / folder), stream_samples=24))
+    assert set(numbers(batches)) <= set(range(30))
+    assert not any(b.bad for b in batches)
+
+
+def test_a_stream_that_begins_again_says_so_once(config: Any, caplog: pytest.LogCaptureFixture) -> None:
+    read(config())
+    assert "stream_begins_again" not in caplog.text
+    read(config(stream_samples=480))
+    assert caplog.text.count("stream_begins_again") == 1
+    assert "rank=0 samples=120: " in caplog.text
+    assert "next: data.stream_samples of at most about 120" in caplog.text
 
 
 def test_bad_input_is_one_clear_line(tars: Path, config: Any, tmp_path: Path) -> None:

@@ -12,7 +12,8 @@ from typing import Annotated, Any
 
 import typer
 
-from pipeline.config import InputError
+from pipeline.config import InputError, Preempted
+from pipeline.ray_train import TrainingFailed
 
 app = typer.Typer(
     name="gsa",
@@ -21,7 +22,7 @@ app = typer.Typer(
     pretty_exceptions_enable=False,
     context_settings={"help_option_names": ["-h", "--help"]},
     help="Global Self-Attention networks: from a folder of images to a registered model.",
-    epilog="Exit codes: 0 done, 1 failed, 2 bad input, 130 interrupted.",
+    epilog="Exit codes: 0 done, 1 failed, 2 bad input, 75 stopped with a checkpoint, 130 interrupted.",
 )
 shards_app = typer.Typer(no_args_is_help=True, help="Write, index, prove and show WebDataset shards.")
 app.add_typer(shards_app, name="shards")
@@ -134,8 +135,9 @@ def shards_build(
     _print_left_out(manifest)
 
 
-@shards_app.command("index")
+@shards_app.command("index", context_settings={"allow_extra_args": True})
 def shards_index(
+    context: typer.Context,
     name: Annotated[str, typer.Option(help="Name below OUT/shards.")],
     train: Annotated[
         list[str],
@@ -160,9 +162,15 @@ def shards_index(
     listed; above 1 % of all that is an error too.
     """
     from pipeline.config import validate
-    from pipeline.foreign import IndexConfig, index
+    from pipeline.foreign import IndexConfig, index, unchanged
     from pipeline.progress import bar
+    from pipeline.remote import is_url
 
+    if context.args:
+        raise InputError(
+            f"shards index: expected each tar behind --train or --val, got {len(context.args)} more, the first "
+            f"{context.args[0]!r}: a pattern that the shell has expanded? next: quote it, --train 'train-*.tar'"
+        )
     values = {
         "name": name,
         "train": train,
@@ -172,10 +180,15 @@ def shards_index(
         "checksums": checksums,
     }
     config, folder = validate(IndexConfig, values, where="gsa shards index"), _out(out).shards(name)
-    with bar("index", "tars") as update:
-        manifest = index(config, folder, progress=lambda done, of: update(done, of, ""), replace=replace)
+    manifest = None if replace else unchanged(config, folder)
+    if manifest:
+        far = any(is_url(shard.path) for shard in manifest.shards)
+        print(f"reused, unchanged{' (no server was asked)' if far else ''}: {folder}")
+    else:
+        with bar("index", "tars") as update:
+            manifest = index(config, folder, progress=lambda done, of: update(done, of, ""), replace=replace)
+        print(f"indexed: {manifest.folder}")
     counts = ", ".join(f"{len(manifest.split(s))} {s}" for s in manifest.splits)
-    print(f"indexed: {manifest.folder}")
     print(f"{counts} samples of {len(manifest.classes)} classes in {len(manifest.shards)} tars")
     unseen = set(range(len(manifest.classes))) - set(manifest.split("train").label.tolist())
     if unseen:  # labels that count from 1, perhaps
@@ -197,10 +210,11 @@ def shards_verify(
     folder = _out(out).shards(shards)
     if not folder.is_dir():
         raise InputError(f"{folder}: no shards there; next: gsa shards build")
+    notes: list[str] = []
     with bar("verify", "shards") as update:
-        faults = verify(folder, progress=lambda done, total: update(done, total, ""))
-    for fault in faults:
-        print(fault)
+        faults = verify(folder, progress=lambda done, total: update(done, total, ""), say=notes.append)
+    for line in faults + notes:
+        print(line)
     if faults:
         print(f"{folder}: {len(faults)} faults")
         raise typer.Exit(1)
@@ -243,19 +257,42 @@ def train(
     workers: Workers = "1",
     cpus_per_worker: Cpus = 1,
     gpus_per_worker: Gpus = 0,
+    save_minutes: Annotated[float, typer.Option(help="Between checkpoints within an epoch.")] = 10.0,
+    profile: Annotated[
+        int, typer.Option(metavar="STEPS", min=0, help="Steps of which each worker writes a trace.")
+    ] = 0,
+    chaos: Annotated[
+        str | None,
+        typer.Option(
+            metavar="mtbf=N[s|m]",
+            help="Kill workers at random, N apart on average; then prove that it changed nothing.",
+        ),
+    ] = None,
     out: OutOption = DEFAULT_OUT,
 ) -> None:
-    """Train a recipe under Ray Train, mirrored to MLflow. The same settings again: the same run, continued."""
+    """Train a recipe under Ray Train, mirrored to MLflow. The same settings again: the same run, continued.
+
+    SIGTERM or SIGUSR2: a checkpoint at the next step, then exit code 75. With --chaos exit code 1 if the
+    weights or the metrics differ from those of an undisturbed run, which is trained after it.
+    """
+    from pipeline.chaos import mtbf
     from pipeline.config import Config, load
     from pipeline.metrics import read
     from pipeline.plan import prepare
     from pipeline.rundir import read_json
+    from pipeline.verbs import torment
     from pipeline.verbs import train as train_run
 
     where, config = _out(out), load(Config, "train", recipe, overrides or [])
-    resources = _resources(workers, cpus_per_worker, gpus_per_worker)
+    resources = _resources(
+        workers, cpus_per_worker, gpus_per_worker, save_minutes=save_minutes, profile=profile
+    )
     resources.check(config)
+    kill_every_s = None if chaos is None else mtbf(chaos)
     run = prepare(where, config)
+    if kill_every_s:
+        _print_verdict(torment(where, run, resources, kill_every_s), run)
+        return
     ran = train_run(where, run, resources)
     metrics = read_json(run.result)["metrics"]
     print(f"run {run.name}{'' if ran else ' (complete already, reused)'}: {run.path}")
@@ -411,6 +448,12 @@ def main() -> None:
     except InputError as error:
         print(f"gsa: {error}", file=sys.stderr)
         sys.exit(2)
+    except TrainingFailed as error:
+        print(f"gsa: {error}", file=sys.stderr)
+        sys.exit(1)
+    except Preempted as stopped:
+        print(f"gsa: {stopped}; the same command continues", file=sys.stderr)
+        sys.exit(75)
     except SystemExit as end:
         if end.code == 130:
             print("gsa: interrupted; the same command continues", file=sys.stderr)
@@ -427,13 +470,14 @@ def _out(root: Path) -> Any:
     return Out(root.absolute())
 
 
-def _resources(workers: str, cpus_per_worker: int, gpus_per_worker: float) -> Any:
+def _resources(workers: str, cpus_per_worker: int, gpus_per_worker: float, **others: float) -> Any:
     from pipeline.config import Resources, validate
 
     values = {
         "workers": workers,
         "cpus_per_worker": cpus_per_worker,
         "gpus_per_worker": gpus_per_worker,
+        **others,
     }
     return validate(Resources, values, where="resources")
 
@@ -478,6 +522,20 @@ def _check_figures(as_json: bool) -> None:
     right = sum(row["ok"] for row in rows)
     print(json.dumps(rows) if as_json else f"{right} of {len(rows)} figures are as expected")
     if right < len(rows):
+        raise typer.Exit(1)
+
+
+def _print_verdict(verdict: Any, run: Any) -> None:
+    """What chaos did; exit code 1 if it changed anything, or if there was none."""
+    each = f", {verdict.lost_s / verdict.kills:.0f} s each" if verdict.kills else ""
+    print(f"run {run.name}: {run.path}")
+    print(f"chaos: {verdict.kills} kills, {verdict.lost_s:.0f} s longer than the undisturbed run{each}")
+    if not verdict.kills:
+        print("nothing was killed, so nothing is proven; next: a shorter mtbf, and another --out")
+    else:
+        weights, series = ("equal" if same else "NOT EQUAL" for same in verdict[-2:])
+        print(f"weights {weights}, metrics {series} to those of the undisturbed run, by every bit")
+    if not verdict.passed:
         raise typer.Exit(1)
 
 

@@ -24,6 +24,10 @@ class ConfigError(InputError):
     """A recipe, an override or an option that cannot be what was meant."""
 
 
+class Preempted(Exception):
+    """Asked to stop, a run has saved a checkpoint and ended: the same command goes on. Exit code 75."""
+
+
 class Section(BaseModel):
     """Frozen, strict, no unknown fields: every settings class derives from it."""
 
@@ -33,7 +37,12 @@ class Section(BaseModel):
 Fraction = Annotated[float, Field(ge=0, le=1)]
 Positive = Annotated[int, Field(gt=0)]
 # A folder or registry name: it may reach a path, a URI and a shell.
-Name = Annotated[str, Field(pattern=r"^[A-Za-z0-9][A-Za-z0-9._-]{0,63}$")]
+NAME, SPAN = r"^[A-Za-z0-9][A-Za-z0-9._-]{0,63}$", r"^[1-9][0-9]*(\.\.[1-9][0-9]*)?$"
+PATTERNS = {  # in words, and the next move
+    NAME: ("1 to 64 letters, digits, '.', '_' or '-', a letter or digit first", "choose such a name"),
+    SPAN: ("N or MIN..MAX, from 1 on", "2 or 1..4"),
+}
+Name = Annotated[str, Field(pattern=NAME)]
 
 
 class ModelConfig(Section):
@@ -54,6 +63,8 @@ class DataConfig(Section):
 
     shards: str = "imagenet"  # a name below OUT/shards, or a path
     image_size: Positive = 224  # pixels a side
+    test_size: Positive | None = None  # at test, where it is another: position tables are resampled for it
+    start_size: Positive | None = None  # of the first epochs, where smaller: grows on a line to image_size
     crop_scale: Annotated[tuple[Fraction, Fraction], Field(strict=False)] = (0.08, 1.0)  # share of the area
     flip: Fraction = 0.5  # probability of a horizontal flip
     crop_pct: Annotated[float, Field(gt=0, le=1)] = 0.875  # at test: image_size / resized shorter side
@@ -63,6 +74,17 @@ class DataConfig(Section):
     # that costs. `shards` then gives the classes and the val samples.
     stream: Annotated[str, Field(min_length=1)] | None = None  # a folder, or train-{000000..001023}.tar
     stream_samples: Positive | None = None  # that make an epoch
+
+    @property
+    def eval_size(self) -> int:
+        """Pixels a side of what is evaluated, exported and predicted."""
+        return self.test_size or self.image_size
+
+    @model_validator(mode="after")
+    def _growing(self) -> "DataConfig":
+        if self.start_size and self.start_size > self.image_size:
+            raise ValueError(f"start_size {self.start_size}: expected at most image_size {self.image_size}")
+        return self
 
     @model_validator(mode="after")
     def _some_area(self) -> "DataConfig":
@@ -95,15 +117,24 @@ class AugmentConfig(Section):
 
 
 class OptimConfig(Section):
-    """The optimizer, its schedule, and the batch."""
+    """The loss, the optimizer, its schedule, and the batch."""
 
-    name: Literal["sgd", "adamw"] = "sgd"
-    lr: Annotated[float, Field(gt=0)] = 0.1  # for 256 samples; the peak is lr * global_batch / 256
-    momentum: Annotated[float, Field(ge=0, lt=1)] = 0.9  # of AdamW the first beta
-    weight_decay: Annotated[float, Field(ge=0)] = 1e-4
+    name: Literal["sgd", "adamw", "lamb"] = "sgd"
+    lr: Annotated[float, Field(gt=0)] = 0.1  # for 256 samples, if lr_rule is linear
+    lr_rule: Literal["linear", "none"] = "linear"  # the peak: lr * global_batch / 256, or lr as it is
+    schedule: Literal["cosine", "step", "onecycle"] = "cosine"  # after the warm-up; onecycle has its own
+    step_epochs: Annotated[float, Field(gt=0)] = 30.0  # of schedule step: a tenth of lr each time
+    momentum: Annotated[float, Field(ge=0, lt=1)] = 0.9  # of AdamW and LAMB the first beta
+    weight_decay: Annotated[float, Field(ge=0)] = 1e-4  # not of norms, biases and position tables
     epochs: Positive = 90
     warmup_epochs: Annotated[float, Field(ge=0)] = 5.0
+    loss: Literal["cross_entropy", "bce"] = "cross_entropy"  # bce: each class by itself (arXiv 2110.00476)
     label_smoothing: Fraction = 0.1
+    clip_norm: Annotated[float, Field(gt=0)] | None = None  # of the gradient of a step
+    ema: Annotated[float, Field(ge=0, lt=1)] = 0.0  # decay a step of averaged weights; 0: none are kept
+    max_skips: Annotated[int, Field(ge=0)] = (
+        0  # steps in a row that may be left out for want of finite numbers
+    )
     global_batch: Positive = 2048  # samples an optimizer step, whatever the number of workers
     micro_batch: Positive = 64  # samples a forward pass: batch norm sees these
 
@@ -120,15 +151,29 @@ class OptimConfig(Section):
         return self
 
 
+class ComputeConfig(Section):
+    """How the numbers are computed: all of it changes them a little."""
+
+    precision: Literal["fp32", "tf32", "bf16", "fp16"] = (
+        "fp32"  # of products and convolutions; weights are float32
+    )
+    compile: bool = False  # torch.compile
+    sync_bn: bool = False  # batch norm over the micro-batches of all ranks, not each; CUDA
+
+
 class Config(Section):
     """What to compute. Where to compute it is `Resources`; the two never mix."""
 
     seed: Annotated[int, Field(ge=0, lt=2**63)] = 0
+    # A run (its name, or a path) or a registered model (models:/NAME@ALIAS) whose weights are the first ones;
+    # with other classes the head is new.
+    init: str | None = None
     probe: bool = False  # record after each epoch what every GSA module does: gsa/content_rms/MODULE ...
     model: ModelConfig = ModelConfig()
     data: DataConfig = DataConfig()
     augment: AugmentConfig = AugmentConfig()
     optim: OptimConfig = OptimConfig()
+    compute: ComputeConfig = ComputeConfig()
 
     @property
     def micro_batches(self) -> int:
@@ -139,9 +184,11 @@ class Config(Section):
 class Resources(Section):
     """Where to compute: workers (or min..max) and what each holds. Not fingerprinted."""
 
-    workers: str = Field(default="1", pattern=r"^[1-9][0-9]*(\.\.[1-9][0-9]*)?$")
+    workers: str = Field(default="1", pattern=SPAN)
     cpus_per_worker: Positive = 1
     gpus_per_worker: Annotated[float, Field(ge=0)] = 0
+    save_minutes: Annotated[float, Field(ge=0)] = 10.0  # between checkpoints within an epoch
+    profile: Annotated[int, Field(ge=0)] = 0  # steps of which each worker writes a trace
 
     @property
     def span(self) -> tuple[int, int]:
@@ -287,10 +334,10 @@ def flat(config: Section) -> dict[str, Any]:
     return dict(walk(config.model_dump(mode="json"), ""))
 
 
-def fingerprint(config: Config, shards_digest: str) -> str:
-    """16 hex digits that identify a run: the settings, with the shards by content instead of by name."""
+def fingerprint(config: Config, shards_digest: str, init_digest: str | None = None) -> str:
+    """16 hex digits that identify a run: the settings, with shards and first weights by content, not by name."""
     values = config.model_dump(mode="json")
-    values["data"]["shards"] = shards_digest
+    values["data"]["shards"], values["init"] = shards_digest, init_digest
     return digest(values)
 
 
@@ -325,9 +372,12 @@ def _explain(schema: type[Section], fault: Any) -> str:
         known = suggest(field, fields)
         full = known.replace("did you mean ", "did you mean " + "".join(s + "." for s in sections))
         return f"{name} is unknown{full} (fields: {', '.join(fields)})"
-    message = fault["msg"].removeprefix("Value error, ").replace("Input should be", "expected")
+    message = re.sub(r"^\w+ should (be|have)", "expected", fault["msg"].removeprefix("Value error, "))
     if fault["type"] == "value_error":
         return f"{name}: {message}"
+    if fault["type"] == "string_pattern_mismatch":
+        expected, move = PATTERNS[fault["ctx"]["pattern"]]
+        return f"{name}: expected {expected}, got {fault['input']!r}; next: {move}"
     return f"{name}: {message}, got {fault['input']!r}"
 
 

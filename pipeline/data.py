@@ -142,16 +142,16 @@ def eval_loader(samples: Samples, config: Config, *, rank: int, world: int, thre
     def draw(ids: Sequence[int]) -> Draws:
         return np.empty((len(ids), PICTURE_DRAWS), np.float32)
 
-    return load(batches, read, draw, side=config.data.image_size, threads=threads)
+    return load(batches, read, draw, side=config.data.eval_size, threads=threads)
 
 
 def eval_picture(samples: Samples, i: int, config: DataConfig) -> Pixels:
-    """A sample as it is evaluated: (image_size, image_size, 3). ShardError if it cannot be read."""
+    """A sample as it is evaluated: (eval_size, eval_size, 3). ShardError if it cannot be read."""
     try:
         pixels = decode(read_sample(samples, i))
     except DecodeError as error:  # the bytes that were written: another decoder took them
         raise ShardError(f"{samples.where(i)}: {error}") from None
-    return augment.center_crop(pixels, size=config.image_size, pct=config.crop_pct)
+    return augment.center_crop(pixels, size=config.eval_size, pct=config.crop_pct)
 
 
 def to_device(images: Tensor, device: torch.device) -> Tensor:
@@ -189,7 +189,7 @@ def load(
             images = torch.empty(shape, dtype=torch.uint8, pin_memory=torch.cuda.is_available())
             numbers, cuts = draw(batch), range(0, len(batch), PART)
             parts = [(batch[i : i + PART], numbers[i : i + PART, :PICTURE_DRAWS]) for i in cuts]
-            work = (pool.map if pool else map)(part, *zip(*parts, strict=True), images.split(PART))
+            work = (pool.map if pool else map)(part, *zip(*parts, strict=True), torch.split(images, PART))
             waiting.append((images, torch.tensor(numbers[:, PICTURE_DRAWS:]), work))
             while waiting and (len(waiting) - 1) * len(batch) >= AHEAD * threads:
                 yield _finish(*waiting.popleft())

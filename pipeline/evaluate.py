@@ -22,13 +22,14 @@ class Evaluation(NamedTuple):
     correct: int
     samples: int
     certificate: str  # of the samples seen: the same for any number of ranks
+    by_class: tuple[tuple[int, int], ...]  # of each class how many were right, how many seen
 
-    def metrics(self) -> dict[str, float]:
+    def metrics(self, name: str = "val") -> dict[str, float]:
         return {
-            "val/top1": self.top1,
-            "val/top5": self.top5,
-            "val/loss": self.loss,
-            "val/count": float(self.samples),
+            f"{name}/top1": self.top1,
+            f"{name}/top5": self.top5,
+            f"{name}/loss": self.loss,
+            f"{name}/count": float(self.samples),
         }
 
 
@@ -48,6 +49,7 @@ def evaluate(
     forward: Callable[[Tensor], Tensor],
     batches: Iterable[Batch],
     *,
+    classes: int,
     expected: Certificate,
     salt: int,
     device: torch.device = CPU,
@@ -55,32 +57,33 @@ def evaluate(
     """Evaluate on all ranks together; each passes its own part of the split.
 
     forward: uint8 images (B, H, W, 3) -> logits or log-probabilities (B, classes), in eval mode.
+    classes: how many.
     expected, salt: the certificate of the whole split, and its salt.
     device: where a rank without batches, of a split smaller than the world, takes part in the sum.
     Raises RuntimeError unless the parts together hold each sample exactly once.
     """
-    keys = ("loss", "correct", "correct5", "count")
-    sums = {key: torch.zeros((), device=device, dtype=torch.float64) for key in keys}
+    sums = torch.zeros(2 + 2 * classes, device=device, dtype=torch.float64)
     seen = Certificate(0, 0)
     for batch in batches:
-        sums = {key: sums[key] + value for key, value in eval_step(forward, batch).items()}
+        sums = sums + eval_step(forward, batch, classes)
         seen += certify(batch.ids, salt)
     # In halves, whose sums over the ranks are exact in float64.
-    sums["low"] = torch.tensor(seen.sum % 2**32, device=device)
-    sums["high"] = torch.tensor(seen.sum >> 32, device=device)
-    total = world_sums(sums)
-    count = round(total["count"])
-    found = Certificate(count, (round(total["low"]) + (round(total["high"]) << 32)) % 2**64)
+    halves = torch.tensor([seen.samples, seen.sum % 2**32, seen.sum >> 32], dtype=torch.float64)
+    (count, low, high), (loss, correct5, *by_class) = world_sums(halves.to(device)), world_sums(sums)
+    count = round(count)
+    found = Certificate(count, (round(low) + (round(high) << 32)) % 2**64)
+    right, of = ([round(n) for n in part] for part in (by_class[:classes], by_class[classes:]))
     if found != expected:
         raise RuntimeError(
             f"evaluation saw {count} samples, expected each of {expected.samples} exactly once "
             f"(certificate {found}, expected {expected})"
         )
     return Evaluation(
-        top1=100 * total["correct"] / count,
-        top5=100 * total["correct5"] / count,
-        loss=total["loss"] / count,
-        correct=round(total["correct"]),
+        top1=100 * sum(right) / count,
+        top5=100 * correct5 / count,
+        loss=loss / count,
+        correct=sum(right),
         samples=count,
         certificate=str(found),
+        by_class=tuple(zip(right, of, strict=True)),
     )

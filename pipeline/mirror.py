@@ -6,7 +6,7 @@ from contextlib import contextmanager
 from typing import Any
 
 from pipeline import tracking
-from pipeline.config import Config, InputError, digest, flat
+from pipeline.config import Config, InputError, Preempted, digest, flat
 from pipeline.facts import system_facts
 from pipeline.manifest import Manifest
 from pipeline.metrics import Record
@@ -16,6 +16,15 @@ from pipeline.shipper import Shipper
 from pipeline.sweep import Outcome, Sweep
 
 log = logging.getLogger("gsa")
+
+
+SHOWN = {
+    "train/loss": "loss",
+    "train/top1": "top1",
+    "val/top1": "val top1",
+    "val_ema/top1": "averaged",
+    "perf/images_per_s": "images/s",
+}
 
 
 class Epochs:
@@ -34,8 +43,8 @@ class Epochs:
             return
         last = records[-1]
         self.done[run] = last.epoch
-        shown = {k: v for k, v in last.metrics.items() if k in ("train/loss", "val/top1")}
-        text = " ".join(f"{key} {value:.4g}" for key, value in shown.items())
+        shown = {SHOWN[key]: value for key, value in last.metrics.items() if key in SHOWN}
+        text = " ".join(f"{key} {value:.4g}" for key, value in {"step": last.step, **shown}.items())
         self.text = f"{run.name} {text}" if len(self.done) > 1 else text
         self._show()
 
@@ -46,7 +55,7 @@ class Epochs:
         self._show()
 
     def _show(self) -> None:
-        self.update(int(sum(self.done.values())), self.total, self.text)
+        self.update(sum(self.done.values()), self.total, self.text)
 
 
 class Mirror:
@@ -120,7 +129,7 @@ def mirrored(out: Out, manifest: Manifest, epochs: Epochs) -> Iterator[Mirror]:
     status = "FAILED"
     try:
         yield mirror
-    except KeyboardInterrupt:
+    except (KeyboardInterrupt, Preempted):
         status = "KILLED"
         raise
     finally:

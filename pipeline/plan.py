@@ -1,12 +1,17 @@
 """Config + shards -> network and run folder, all checked before any GPU is asked for."""
 
+import io
+import logging
+import math
+from collections.abc import Sequence
 from pathlib import Path
 
 import torch
-from torch import nn
+from torch import Tensor, nn
 
 from gsa_models import create_model, model_cost, parse_components, parse_placement
 from gsa_models.resnet import ResNet
+from gsa_models.resolution import resize_positions
 from gsa_models.zoo import ARCHITECTURES
 from pipeline import checkpoint, order
 from pipeline.config import (
@@ -20,7 +25,10 @@ from pipeline.config import (
 )
 from pipeline.foreign import local_tars
 from pipeline.manifest import Manifest, read_manifest
+from pipeline.remote import RemoteError, bound, is_url
 from pipeline.rundir import Out, RunDir, read_json, write_atomic, write_json
+
+log = logging.getLogger("gsa")
 
 
 def prepare(out: Out, config: Config) -> RunDir:
@@ -39,13 +47,18 @@ def prepare(out: Out, config: Config) -> RunDir:
         local_tars(config.data.stream)
     if not len(manifest.split("val")):
         raise ConfigError(f"{manifest.folder}: no val samples to evaluate on; next: make a set with some")
-    key = fingerprint(config, manifest.digest)
+    first = _initial(out, config, manifest.classes) if config.init else None
+    key = fingerprint(config, manifest.digest, _weights_digest(first) if first else None)
     run = out.run(f"{config.model.name}-{key[:10]}")
     place = str(manifest.folder.absolute())
     if not run.facts.exists() or read_json(run.facts)["shards"] != place:  # a new run, or moved shards
         _check_micro_batch(network, config)
         cost = model_cost(network, config.data.image_size)
         run.logs.mkdir(parents=True, exist_ok=True)
+        if first:
+            buffer = io.BytesIO()
+            torch.save(first.state_dict(), buffer)
+            write_atomic(run.init, buffer.getvalue())
         write_atomic(run.config, dump(config))
         facts = {
             "fingerprint": key,
@@ -102,18 +115,100 @@ def build_model(config: Config, classes: int, device: str = "cpu") -> ResNet:
         raise ConfigError(f"model: {error}") from None
 
 
+def check_cache(config: Config, manifest: Manifest) -> None:
+    """Warn where the cache is too small for two blocks of remote shards: one is read, the next is fetched.
+
+    Raises InputError: $GSA_CACHE_GB is no number.
+    """
+    samples = manifest.split("train")
+    sizes = [shard.bytes for shard in samples.shards if is_url(shard.path)]
+    if not sizes or config.data.stream:
+        return
+    blocks = max(1, len(samples) // config.data.shuffle_block)
+    needed = min(
+        sum(sizes), 2 * sum(sizes) // blocks + max(sizes)
+    )  # a block is about so large, in whole shards
+    try:
+        most = bound()
+    except RemoteError as error:
+        raise InputError(str(error)) from None
+    if needed > most:
+        log.warning(
+            "small_cache GSA_CACHE_GB=%g: shards are fetched again and again; next: GSA_CACHE_GB=%g, which "
+            "holds two blocks, or fewer samples in a block (data.shuffle_block=%d)",
+            most / 1e9,
+            math.ceil(needed / 1e8) / 10,
+            config.data.shuffle_block,
+        )
+
+
 def load_trained(run: RunDir) -> tuple[ResNet, Config, Manifest]:
     """The network of a run with its newest weights, in eval mode. InputError if it has none."""
     config, manifest = read_run(run)
     saved = checkpoint.newest(run.checkpoints)
     if saved is None:
         raise InputError(f"run {run.name} has no checkpoint; next: train it for an epoch at least")
-    model = build_model(config, len(manifest.classes))
+    model = build_model(at_size(config, config.data.eval_size), len(manifest.classes))
     try:
-        model.load_state_dict(saved["model"])
+        model.load_state_dict(resize_positions(saved.get("ema") or saved["model"], model))
     except ValueError as error:
         raise InputError(f"run {run.name}: its checkpoint is of other code: {error}") from None
     return model.eval(), config, manifest
+
+
+def at_size(config: Config, size: int) -> Config:
+    """The same for train pictures of another size."""
+    return config.model_copy(update={"data": config.data.model_copy(update={"image_size": size})})
+
+
+def size_at(config: Config, epoch: int) -> int:
+    """Pixels a side of the train pictures of an epoch.
+
+    With data.start_size they grow from that on a line, in steps of 32, to data.image_size, which the last
+    quarter of the epochs has (progressive resizing).
+    """
+    data, grown = config.data, 0.75 * config.optim.epochs
+    if data.start_size is None or epoch >= grown:
+        return data.image_size
+    size = data.start_size + (data.image_size - data.start_size) * epoch / grown
+    return min(data.image_size, data.start_size + round((size - data.start_size) / 32) * 32)
+
+
+def first_weights(run: RunDir) -> dict[str, Tensor] | None:
+    """The weights that a run begins with, if its config names some."""
+    if not run.init.exists():
+        return None
+    weights: dict[str, Tensor] = torch.load(run.init, map_location="cpu", weights_only=True)
+    return weights
+
+
+def _initial(out: Out, config: Config, classes: Sequence[str]) -> ResNet:
+    """The network of the config with the weights of the run or registered model that `config.init` names."""
+    from pipeline import registry  # not before: runs without MLflow need it not
+
+    source = str(config.init)
+    if source.startswith(registry.SCHEME):
+        loaded = registry.load(source, out.tracking_uri)
+        graph = loaded.graph.state_dict()  # type: ignore[attr-defined]
+        weights, theirs = {k.removeprefix("network."): v for k, v in graph.items()}, loaded.classes
+    else:
+        trained, _, manifest = load_trained(out.find_run(source))
+        weights, theirs = trained.state_dict(), list(manifest.classes)
+    network = build_model(config, len(classes))
+    fresh = {k: v for k, v in network.state_dict().items() if k.startswith("head.")}
+    try:
+        network.load_state_dict(
+            resize_positions(weights | (fresh if theirs != list(classes) else {}), network)
+        )
+    except ValueError as error:
+        raise ConfigError(f"init {source}: {error}") from None
+    return network
+
+
+def _weights_digest(network: ResNet) -> str:
+    from pipeline.registry import weights_digest
+
+    return weights_digest(network)
 
 
 def _check_micro_batch(network: nn.Module, config: Config) -> None:

@@ -1,29 +1,50 @@
 """train() under Ray Train: workers, their reports and restarts."""
 
 import contextlib
+import faulthandler
+import json
 import logging
+import os
+import re
 import shutil
 import signal
 import threading
+import time
 import uuid
-from collections.abc import Iterator, Sequence
+from collections import Counter
+from collections.abc import Callable, Iterator, Sequence
 from pathlib import Path
 from typing import Any
 
-from pipeline.config import InputError, Resources
+from pipeline.config import InputError, Preempted, Resources
 from pipeline.rundir import RunDir, hold, read_json
 
-RESTARTS = 3  # of the worker group, after the death of a worker
+RESTARTS = 3  # of the workers, after the death of one, without a newer checkpoint in between
+PLACINGS = 30  # times a minute without room for the workers: a node that is lost may come back
+HANG_S = 600  # of a rank that others wait for
+RESIZE_EVERY_S = 60.0  # of an elastic run: a look whether there is room for more workers
+STOPPED = "stopped"
+ASK_EVERY_S = 0.5  # whether the run shall stop: a look at a file, which may be on another machine
+
+log = logging.getLogger("gsa")
 
 
-def fit(run: RunDir, resources: Resources, callbacks: Sequence[Any] = ()) -> dict[str, float]:
+class TrainingFailed(Exception):
+    """Restarts did not help: its text says who died how often, where the log is, and what to do."""
+
+
+def fit(
+    run: RunDir, resources: Resources, callbacks: Sequence[Any] = (), *, chaos_s: float | None = None
+) -> dict[str, float]:
     """Train a prepared run on Ray workers, from its newest checkpoint; returns its final metrics.
 
-    Needs `ray_session.session`. The death of a worker restarts all of them from the newest checkpoint, at
-    most RESTARTS times.
-    Raises InputError (what the user can mend, also when a worker met it), else Ray's TrainingFailedError.
+    Needs `ray_session.session`. The death of a worker or of its node restarts all of them from the newest
+    checkpoint: at most RESTARTS times without a newer one, else as often as need be.
+    chaos_s: mean seconds after which some worker kills itself, again and again (`gsa train --chaos`).
+    Raises InputError (what the user can mend, also when a worker met it), Preempted (after SIGTERM or SIGUSR2,
+    with a checkpoint of that moment), TrainingFailed.
     """
-    from ray.train import FailureConfig, RunConfig, ScalingConfig, TrainingFailedError
+    from ray.train import FailureConfig, RunConfig, ScalingConfig
     from ray.train.torch import TorchConfig, TorchTrainer
 
     if run.result.exists():
@@ -33,33 +54,50 @@ def fit(run: RunDir, resources: Resources, callbacks: Sequence[Any] = ()) -> dic
     per_worker = {"CPU": resources.cpus_per_worker, **({"GPU": gpus} if gpus else {})}
     check_room(resources)
     storage = run.path / "ray"
-    with hold(run.lock, f"run {run.name}"):
-        trainer = TorchTrainer(
+
+    def trainer() -> Any:
+        # A new name each time: we restore from our own verified checkpoints, never from Ray's record.
+        name = f"{run.name}-{uuid.uuid4().hex[:8]}"
+        return TorchTrainer(
             _work,  # type: ignore[arg-type]
-            train_loop_config={"run": str(run.path), "loader_threads": loader_threads(resources)},
+            train_loop_config={
+                "run": str(run.path),
+                "claim": str(storage / name),
+                "loader_threads": loader_threads(resources),
+                "save_every_s": 60 * resources.save_minutes,
+                "profile": resources.profile,
+                "chaos_s": chaos_s,
+            },
             scaling_config=ScalingConfig(
                 num_workers=low if low == high else (low, high),  # type: ignore[arg-type]
                 use_gpu=gpus > 0,
                 resources_per_worker=per_worker,
+                elastic_resize_monitor_interval_s=RESIZE_EVERY_S,
             ),
-            # A new name each time: we restore from our own verified checkpoints, never from Ray's record.
             run_config=RunConfig(
-                name=f"{run.name}-{uuid.uuid4().hex[:8]}",
+                name=name,
                 storage_path=str(storage),
-                failure_config=FailureConfig(max_failures=RESTARTS),
-                callbacks=list(callbacks),
+                failure_config=FailureConfig(
+                    max_failures=-1 if chaos_s else RESTARTS,
+                    max_preemption_failures=-1,
+                    controller_failure_limit=PLACINGS,
+                ),
+                callbacks=[*callbacks, _death_log(run)],
             ),
-            torch_config=TorchConfig(backend="nccl" if gpus else "gloo", timeout_s=600),
+            torch_config=TorchConfig(backend="nccl" if gpus else "gloo", timeout_s=HANG_S),
         )
+
+    with hold(run.lock, f"run {run.name}"):
+        shutil.rmtree(storage, ignore_errors=True)  # of a driver that was killed
+        run.stop.unlink(missing_ok=True)
         try:
-            with _interruptible():
-                fault = trainer.fit().return_value  # type: ignore[attr-defined]
-        except TrainingFailedError as error:
-            raise _mendable(error) or error from None
+            with _interruptible(), _stoppable(run):
+                ended = _persist(run, trainer)
         finally:
             shutil.rmtree(storage, ignore_errors=True)
-    if fault:
-        raise InputError(f"run {run.name}: {fault}")
+    if ended:
+        kind, said = ended
+        raise (Preempted if kind == STOPPED else InputError)(f"run {run.name}: {said}")
     return dict(read_json(run.result)["metrics"])
 
 
@@ -72,14 +110,127 @@ def check_room(resources: Resources) -> None:
     """Refuse what the Ray cluster does not have: it would be waited for. InputError."""
     import ray
 
-    have = ray.cluster_resources()  # type: ignore[no-untyped-call]
     workers, _ = resources.span
-    for kind, each in (("GPU", resources.gpus_per_worker), ("CPU", float(resources.cpus_per_worker))):
-        if workers * each > have.get(kind, 0):
+    nodes = [node["Resources"] for node in ray.nodes() if node["Alive"]]  # type: ignore[no-untyped-call]
+    wanted = {"GPU": resources.gpus_per_worker, "CPU": float(resources.cpus_per_worker)}
+    wanted = {kind: each for kind, each in wanted.items() if each}
+    for kind, each in wanted.items():
+        have = sum(node.get(kind, 0) for node in nodes)
+        if workers * each > have:
             raise InputError(
-                f"{workers} workers with {each:g} {kind}s each: the Ray cluster has {have.get(kind, 0):g}; "
+                f"{workers} workers with {each:g} {kind}s each: the Ray cluster has {have:g}; "
                 f"next: fewer workers, or fewer {kind}s a worker"
             )
+    room = sum(min(int(node.get(kind, 0) / each) for kind, each in wanted.items()) for node in nodes)
+    if room < workers:  # a worker is on one node
+        each_wanted = " and ".join(f"{each:g} {kind}s" for kind, each in wanted.items())
+        raise InputError(
+            f"{workers} workers with {each_wanted} each: the {len(nodes)} nodes of the Ray cluster have room "
+            f"for {room}; next: fewer workers, or less for each"
+        )
+
+
+def _persist(run: RunDir, trainer: Callable[[], Any]) -> tuple[str, str] | None:
+    """What the workers return. A Ray run that has failed is followed by another if it got any further."""
+    import ray.exceptions
+    from ray.train import TrainingFailedError
+
+    started = time.time()
+    while True:
+        before = _newest(run)
+        try:
+            ended: tuple[str, str] | None = trainer().fit().return_value
+            return ended
+        except (TrainingFailedError, ray.exceptions.RayActorError) as error:  # the latter: Ray's controller
+            if mendable := _mendable(error):
+                raise mendable from None
+            if _newest(run) == before:
+                raise TrainingFailed(_told(run, error, since=started)) from None
+            log.warning("ray run lost, another follows run=%s newest=%s error=%s", run.name, before, error)
+
+
+def _newest(run: RunDir) -> str:
+    """The name of the newest checkpoint."""
+    return max((path.name for path in run.checkpoints.glob("step-*")), default="none")
+
+
+def _told(run: RunDir, error: Any, *, since: float) -> str:
+    """Why training has failed, in one message."""
+    deaths = [death for death in _deaths(run) if death["time"] >= since]
+    head = f"run {run.name}: training failed at checkpoint {_newest(run)}"
+    if not deaths:
+        said = str(getattr(error, "controller_failure", error)).strip()
+        return (
+            f"{head}: {said.splitlines()[0] if said else type(error).__name__}; "
+            f"logs: {run.logs}; next: the same command continues once the cluster has room for its workers"
+        )
+    times = Counter(f"rank {death['rank']} on {death['node']}" for death in deaths)
+    who = ", ".join(f"{name} {n} time{'s' if n > 1 else ''}" for name, n in times.most_common())
+    last = deaths[-1]
+    return (
+        f"{head} after the death of {who}; the last, of rank {last['rank']}: {last['cause']}; "
+        f"log: {run.logs / _log_name(last['rank'])}; next: see its end; the same command continues"
+    )
+
+
+# --- deaths ------------------------------------------------------------------------------------------------
+
+
+def _deaths(run: RunDir) -> list[dict[str, Any]]:
+    path = run.logs / "deaths.jsonl"
+    return [json.loads(line) for line in path.read_text().splitlines()] if path.exists() else []
+
+
+def _death_log(run: RunDir) -> Any:
+    """What Ray's controller calls when workers have died: it writes down who, where, and why."""
+    from ray.train import UserCallback
+
+    class DeathLog(UserCallback):
+        def after_exception(self, run_context: Any, worker_exceptions: dict[int, Exception]) -> None:
+            for error in worker_exceptions.values():
+                if mendable := _mendable_one(error):
+                    raise mendable  # no restart mends it: this ends the run at once
+            with open(run.logs / "deaths.jsonl", "a") as file:
+                for death in _blamed(run, worker_exceptions):
+                    file.write(json.dumps({"time": time.time(), **death}) + "\n")
+
+    return DeathLog()
+
+
+def _blamed(run: RunDir, errors: dict[int, Any]) -> list[dict[str, Any]]:
+    """Rank, node and cause of each death. One death ends the others' calls too: those are not told."""
+    places = {rank: _place(run, rank) for rank in range(max(_place(run, min(errors))[1], max(errors) + 1))}
+    causes = {rank: _cause(error) for rank, error in errors.items()}
+    silent = [rank for rank in places if rank not in errors]
+    dead = [rank for rank, error in errors.items() if "HealthCheck" in type(error).__name__]
+    if not dead and silent and any("timed out" in str(error).lower() for error in errors.values()):
+        dead = silent
+        causes = dict.fromkeys(silent, f"it hung: the others waited {HANG_S} s for it")
+    return [{"rank": r, "node": places[r][0], "cause": causes[r]} for r in dead or errors]
+
+
+def _cause(error: Any) -> str:
+    text, name = str(error), type(error).__name__
+    if name == "WorkerHealthCheckTimeoutError":
+        return "it did not answer: frozen, or cut off from the network"
+    if name == "WorkerHealthCheckFailedError":
+        if "node" in text and "died" in text and re.search(r"node (has )?died|its node|died.*node", text):
+            return "its node died"
+        return "its process ended: killed, out of memory, or crashed"
+    cause = getattr(error, "cause", error)
+    lines = str(cause).strip().splitlines()
+    return f"{type(cause).__name__}: {lines[-1] if lines else ''}"
+
+
+def _place(run: RunDir, rank: int) -> tuple[str, int]:
+    """The node of a rank and the size of its world, as it said last."""
+    path = run.logs / _log_name(rank)
+    found = re.findall(r"worker rank=\d+ world=(\d+) node=(\S+)", path.read_text()) if path.exists() else []
+    return (found[-1][1], int(found[-1][0])) if found else ("?", 0)
+
+
+def _log_name(rank: int) -> str:
+    return f"rank{rank}.log"
 
 
 @contextlib.contextmanager
@@ -97,33 +248,91 @@ def _interruptible() -> Iterator[None]:
         signal.signal(signal.SIGINT, ours)
 
 
-def _work(settings: dict[str, Any]) -> str | None:
-    """What each worker runs; returns the fault that every rank has met, since no restart would mend it."""
+@contextlib.contextmanager
+def _stoppable(run: RunDir) -> Iterator[None]:
+    """SIGTERM and SIGUSR2 ask the workers to save and to end; a second one interrupts.
+
+    By a file, since the workers may be on other machines, and Ray ends a worker that gets a signal.
+    """
+    if threading.current_thread() is not threading.main_thread():
+        yield
+        return
+
+    def ask(*_: Any) -> None:
+        if run.stop.exists():
+            raise KeyboardInterrupt
+        run.stop.touch()
+
+    before = {number: signal.signal(number, ask) for number in (signal.SIGTERM, signal.SIGUSR2)}
+    try:
+        yield
+    finally:
+        for number, handler in before.items():
+            signal.signal(number, handler)
+        run.stop.unlink(missing_ok=True)
+
+
+def _work(settings: dict[str, Any]) -> tuple[str, str] | None:
+    """What each worker runs; returns why every rank has ended early, where no restart would mend it."""
+    import ray
     import ray.train
 
     from pipeline.train import TooManyBad, train
 
-    run = RunDir(Path(settings["run"]))
-    rank = ray.train.get_context().get_world_rank()
-    handler = logging.FileHandler(run.logs / f"rank{rank}.log")
+    run, context = RunDir(Path(settings["run"])), ray.train.get_context()
+    rank, asked, node = context.get_world_rank(), time.monotonic(), ray.util.get_node_ip_address()
+    if not run.facts.exists():
+        raise InputError(f"{run.path} is not there on node {node}; next: --out on a file system of all nodes")
+
+    def stop() -> bool:
+        nonlocal asked
+        if rank or time.monotonic() - asked < ASK_EVERY_S:
+            return False
+        asked = time.monotonic()
+        if not os.path.exists(settings["claim"]):  # the driver was killed, and its successor has begun
+            os._exit(1)
+        return run.stop.exists()
+
+    handler = logging.FileHandler(run.logs / _log_name(rank))
     handler.setFormatter(logging.Formatter("%(asctime)s %(levelname)s %(message)s"))
-    logging.getLogger("gsa").addHandler(handler)
-    logging.getLogger("gsa").setLevel(logging.INFO)
+    log.addHandler(handler)
+    log.setLevel(logging.INFO)
+    log.info(
+        "worker rank=%d world=%d node=%s pid=%d",
+        *(rank, context.get_world_size(), node, os.getpid()),
+    )
+    faulthandler.enable(handler.stream)
+    if settings["chaos_s"]:
+        from pipeline.chaos import die_at_random
+
+        die_at_random(run, rank, settings["chaos_s"] * context.get_world_size())
     try:
         train(
             run,
             report=lambda metrics: ray.train.report(dict(metrics)),
             loader_threads=settings["loader_threads"],
+            save_every_s=settings["save_every_s"],
+            profile=settings["profile"],
+            stop=stop,
         )
+    except Preempted as error:
+        return STOPPED, str(error)
     except (FloatingPointError, TooManyBad) as error:
-        return str(error)
+        return "failed", str(error)
+    except Exception:
+        log.exception("worker failed rank=%d", rank)
+        raise
     return None
 
 
 def _mendable(error: Any) -> InputError | None:
     """The worker's fault that the user can mend, if that is what ended the training."""
-    for failure in getattr(error, "worker_failures", {}).values():
-        cause = getattr(failure, "cause", failure)
-        if isinstance(cause, InputError):
-            return InputError(str(cause).splitlines()[-1] if str(cause) else repr(cause))
-    return None
+    failures = [*getattr(error, "worker_failures", {}).values(), getattr(error, "controller_failure", None)]
+    return next((found for failure in failures if (found := _mendable_one(failure))), None)
+
+
+def _mendable_one(failure: Any) -> InputError | None:
+    cause = getattr(failure, "cause", failure)
+    if not isinstance(cause, InputError):
+        return None
+    return InputError(str(cause).splitlines()[-1] if str(cause) else repr(cause))

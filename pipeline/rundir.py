@@ -34,6 +34,20 @@ class RunDir:
         return self.path / "facts.json"
 
     @property
+    def init(self) -> Path:
+        """The first weights, where the config names a run or a model for them."""
+        return self.path / "init.pt"
+
+    @property
+    def stop(self) -> Path:
+        """While it is there, the run is asked to save a checkpoint and to end."""
+        return self.path / ".stop"
+
+    def by_class(self, name: str) -> Path:
+        """Top-1 in percent of each class, by the last evaluation of weights (val) or their averages (val_ema)."""
+        return self.path / f"{name}_by_class.json"
+
+    @property
     def metrics(self) -> Path:
         """The journal: one JSON record a line, the truth that MLflow mirrors."""
         return self.path / "metrics.jsonl"
@@ -45,6 +59,10 @@ class RunDir:
     @property
     def logs(self) -> Path:
         return self.path / "logs"
+
+    def trace(self, rank: int) -> Path:
+        """What a rank did in some steps, if that was asked: a chrome trace."""
+        return self.path / "profile" / f"rank{rank}.json.gz"
 
     @property
     def error(self) -> Path:

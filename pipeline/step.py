@@ -2,18 +2,25 @@
 
 from collections.abc import Callable, Iterator, Sequence
 from contextlib import contextmanager, nullcontext
-from dataclasses import dataclass
+from dataclasses import dataclass, field
 
 import numpy as np
 import torch
 import torch.distributed as dist
 from torch import Tensor, nn
-from torch.nn.functional import cross_entropy
+from torch.nn.functional import binary_cross_entropy_with_logits, cross_entropy, one_hot
 from torch.nn.parallel import DistributedDataParallel
 
 from pipeline.batch_augment import augment_batch
-from pipeline.config import AugmentConfig
+from pipeline.config import ComputeConfig, Config, OptimConfig
 from pipeline.data import Batch
+from pipeline.faults import Faults
+from pipeline.optim import Ema, masked_step
+
+HALVES = {"bf16": torch.bfloat16, "fp16": torch.float16}
+PRESENT = 0.2  # share of a class in a mixed picture from which on bce takes it for there (timm)
+# What steps sum up: over the samples; over the steps that changed something; over all.
+SUMS = ("loss", "correct", "count", "grad_norm", "steps", "bad", "skipped")
 
 
 @dataclass
@@ -24,83 +31,103 @@ class TrainState:
     replica: nn.Module
     optimizer: torch.optim.Optimizer
     device: torch.device
+    faults: Faults
+    ema: Ema | None = None
     step: int = 0
+    sums: Tensor = field(init=False)  # (SUMS,) float64, of this rank, since they were last taken
+
+    def __post_init__(self) -> None:
+        self.sums = torch.zeros(len(SUMS), device=self.device, dtype=torch.float64)
 
 
 def train_step(
-    state: TrainState,
-    batches: Sequence[Batch],
-    *,
-    first: int,
-    seed: int,
-    lr: float,
-    label_smoothing: float,
-    augment: AugmentConfig,
-    classes: int,
-) -> dict[str, Tensor]:
+    state: TrainState, batches: Sequence[Batch], config: Config, *, first: int, lr: float, classes: int
+) -> None:
     """One optimizer step on this rank's micro-batches of a global batch, augmented on the device.
 
     first: the number of the first of them, counted over all ranks since training began. What the network
-    draws at random (stochastic depth) depends on seed and that number: not on the world, nor on a restart.
+    draws at random (stochastic depth) depends on config.seed and that number: not on the world, nor on a restart.
 
     The gradient is the mean over all micro-batches of all ranks. Batch norm normalises each micro-batch by
     itself; its running statistics move once, by the mean over all of them: so neither depends on the
-    number of ranks. Returns device sums over this rank's samples: loss, correct, count, bad.
+    number of ranks. Where the loss, the gradient or a statistic of any rank is not finite, nothing changes on
+    any rank but state.step: weights, optimizer, averages and statistics stay as they are, to the bit.
     """
+    optim, zero = config.optim, torch.zeros((), device=state.device, dtype=torch.float64)
+    loss_sum, correct, count, bad = zero, zero, 0, 0
     state.model.train()
     state.optimizer.zero_grad(set_to_none=True)
-    sums = {key: torch.zeros((), device=state.device) for key in ("loss", "correct", "count", "bad")}
     statistics = _Statistics(state.model)
     for i, batch in enumerate(batches):
         last = i == len(batches) - 1
-        random = _random_numbers(seed, first + i, state.device)
+        random = _random_numbers(config.seed, first + i, state.device)
         with nullcontext() if last else _no_sync(state.replica), statistics.apart(), random:
             labels = batch.labels.to(state.device, non_blocking=True)
-            images, targets = augment_batch(
-                batch.images.to(state.device, non_blocking=True),
-                labels,
-                batch.draws,
-                augment,
-                classes=classes,
-            )
-            logits = state.replica(images)
-            loss = cross_entropy(logits, targets, label_smoothing=label_smoothing)
-            (loss / len(batches)).backward()  # type: ignore[no-untyped-call]
-        sums["loss"] += loss.detach() * len(labels)
-        sums["correct"] += (logits.detach().argmax(1) == labels).sum()
-        sums["count"] += len(labels)
-        sums["bad"] += len(batch.bad)
-    statistics.move()
+            pixels = batch.images.to(state.device, non_blocking=True)
+            images, targets = augment_batch(pixels, labels, batch.draws, config.augment, classes=classes)
+            with _autocast(config.compute, state.device):
+                logits = state.replica(images)
+            loss = loss_of(logits, targets, optim)
+            state.faults.scaled(loss / len(batches)).backward()  # type: ignore[no-untyped-call]
+        loss_sum = loss_sum + loss.detach() * len(labels)
+        correct = correct + (logits.detach().argmax(1) == labels).sum()
+        count, bad = count + len(labels), bad + len(batch.bad)
+    norm = state.faults.unscale([p.grad for p in state.model.parameters() if p.grad is not None])
+    merged = statistics.merge(loss_sum)
+    ok = state.faults.judge(state.step, norm=norm, loss=loss_sum, merged=merged)
+    if optim.clip_norm:
+        nn.utils.clip_grads_with_norm_(state.model.parameters(), optim.clip_norm, norm)
     for group in state.optimizer.param_groups:
         group["lr"] = lr
-    state.optimizer.step()
+    masked_step(state.optimizer, ok)
+    statistics.move(ok)
+    if state.ema:
+        state.ema.update(state.model, ok)
+    used = torch.stack([loss_sum, correct, zero + count, norm.double(), zero + 1])
+    state.sums += torch.cat([torch.where(ok, used, 0), torch.stack([zero + bad, (~ok).double()])])
     state.step += 1
-    return sums
+
+
+def loss_of(logits: Tensor, targets: Tensor, optim: OptimConfig) -> Tensor:
+    """The mean loss, in float32 at least. targets: (B,) int64 labels, or (B, classes) shares of mixed pictures.
+
+    "bce" asks of each class by itself whether it is in the picture, and takes the mean over classes, too
+    (Wightman, Touvron, Jegou, arXiv 2110.00476, and timm).
+    """
+    logits = logits.to(torch.promote_types(logits.dtype, torch.float32))
+    if optim.loss == "cross_entropy":
+        return cross_entropy(
+            logits, targets.to(logits) if targets.ndim > 1 else targets, label_smoothing=optim.label_smoothing
+        )
+    shares = targets if targets.ndim > 1 else one_hot(targets, logits.shape[1])
+    smoothing = optim.label_smoothing
+    present = (shares > PRESENT).to(logits) * (1 - smoothing) + smoothing / logits.shape[1]
+    return binary_cross_entropy_with_logits(logits, present)
 
 
 @torch.no_grad()
-def eval_step(forward: Callable[[Tensor], Tensor], batch: Batch) -> dict[str, Tensor]:
-    """Sums over a batch: loss (no smoothing), correct (top-1), correct5 (top-5), count.
+def eval_step(forward: Callable[[Tensor], Tensor], batch: Batch, classes: int) -> Tensor:
+    """Sums over a batch, float64: loss (no smoothing); top-5 right; of each class top-1 right; of each class seen.
 
     forward: uint8 images (B, H, W, 3) -> logits or log-probabilities (B, classes), on any device.
     """
     logits = forward(batch.images).double()
     labels = batch.labels.to(logits.device)
-    top = logits.topk(min(5, logits.shape[1]), dim=1).indices == labels[:, None]
-    return {
-        "loss": cross_entropy(logits, labels, reduction="sum"),
-        "correct": top[:, 0].sum().double(),
-        "correct5": top.any(1).sum().double(),
-        "count": torch.tensor(float(len(labels)), device=logits.device, dtype=torch.float64),
-    }
+    top = logits.topk(min(5, classes), dim=1).indices == labels[:, None]
+    found = torch.zeros(2, classes, device=logits.device, dtype=torch.float64)
+    found[0].index_add_(0, labels, top[:, 0].double())
+    found[1].index_add_(0, labels, torch.ones_like(labels, dtype=torch.float64))
+    loss = cross_entropy(logits, labels, reduction="sum")
+    return torch.cat([torch.stack([loss, top.any(1).sum().double()]), found.flatten()])
 
 
-def world_sums(sums: dict[str, Tensor]) -> dict[str, float]:
-    """The sums over all ranks, on the host: waits for the device, so only when due."""
-    stacked = torch.stack([value.double() for value in sums.values()])
+def world_sums(sums: Tensor) -> list[float]:
+    """The sums over all ranks, on the host, in float64: waits for the device, so only when due."""
+    sums = sums.double()
     if dist.is_initialized():
-        dist.all_reduce(stacked)
-    return dict(zip(sums, stacked.tolist(), strict=True))
+        dist.all_reduce(sums)
+    found: list[float] = sums.tolist()
+    return found
 
 
 class _Statistics:
@@ -127,20 +154,28 @@ class _Statistics:
             torch._foreach_add_(self.total, self.buffers)
             torch._foreach_copy_(self.buffers, self.old)
 
-    def move(self) -> None:
-        """Set the running statistics to the mean over all micro-batches of all ranks."""
-        if not self.buffers:
-            return
-        flat = torch.cat([t.flatten() for t in self.total])
+    def merge(self, loss: Tensor) -> Tensor:
+        """Take the mean over all micro-batches of all ranks; it goes with the ranks' losses, summed."""
+        parts = [t.flatten() for t in self.total]
+        dtype = parts[0].dtype if parts else loss.dtype
+        merged = torch.cat([*parts, loss.to(dtype).reshape(1)])
         ranks = 1
         if dist.is_initialized():
-            dist.all_reduce(flat)
+            dist.all_reduce(merged)
             ranks = dist.get_world_size()
-        flat /= self.batches * ranks
-        sizes = [b.numel() for b in self.buffers]
-        for buffer, new in zip(self.buffers, torch.split(flat, sizes), strict=True):
-            buffer.copy_(new.view_as(buffer))
-        torch._foreach_sub_(self.tracked, self.batches - 1)
+        self.means = merged[:-1] / (self.batches * ranks)
+        return merged
+
+    def move(self, ok: Tensor) -> None:
+        """Set the running statistics to what `merge` found; where not `ok`, they stay."""
+        if self.buffers:
+            new = torch.where(ok, self.means, torch.cat([b.flatten() for b in self.old]))
+            parts = torch.split(new, [b.numel() for b in self.buffers])
+            torch._foreach_copy_(
+                self.buffers, [n.view_as(b) for n, b in zip(parts, self.buffers, strict=True)]
+            )
+        for count in self.tracked:
+            count -= self.batches - ok.long()
 
 
 @contextmanager
@@ -149,6 +184,11 @@ def _random_numbers(seed: int, micro_batch: int, device: torch.device) -> Iterat
     with torch.random.fork_rng(devices=[device] if device.type == "cuda" else []):
         torch.manual_seed(int(np.random.SeedSequence((seed, micro_batch)).generate_state(1)[0]))
         yield
+
+
+def _autocast(compute: ComputeConfig, device: torch.device) -> torch.autocast:
+    dtype = HALVES.get(compute.precision)
+    return torch.autocast(device.type, dtype=dtype, enabled=dtype is not None)
 
 
 @contextmanager

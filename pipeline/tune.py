@@ -148,5 +148,5 @@ def _outcome(trial: Trial, last: dict[str, Any], *, failed: bool) -> Outcome:
     epoch = int(last.get("epoch", 0))
     state: State = "failed" if failed else "finished" if trial.run.result.exists() else "stopped"
     values = {k: float(v) for k, v in last.items() if k.startswith(("train/", "val/"))}
-    seconds = sum(r.metrics["time/epoch_s"] for r in epoch_records(trial.run) if r.epoch <= epoch)
+    seconds = sum(r.metrics["perf/epoch_s"] for r in epoch_records(trial.run) if r.epoch <= epoch)
     return Outcome(trial.run.name, trial.overrides, state, epoch, values, seconds)

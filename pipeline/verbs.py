@@ -3,6 +3,7 @@
 import logging
 import os
 from collections.abc import Callable, Iterator, Sequence
+from contextlib import ExitStack, contextmanager
 from pathlib import Path
 from typing import Any, NamedTuple
 
@@ -10,15 +11,15 @@ import numpy as np
 import torch
 from torch import Tensor
 
-from pipeline import augment, data, registry, server, tracking
+from pipeline import augment, chaos, data, registry, server, tracking
 from pipeline.config import Config, InputError, Resources, dump, read_yaml, validate
 from pipeline.decode import DecodeError, decode
 from pipeline.evaluate import Classifier, Evaluation, evaluate
 from pipeline.manifest import Manifest, Samples, read_manifest
 from pipeline.mirror import Epochs, mirrored
 from pipeline.pictures import ShardsConfig
-from pipeline.plan import load_trained, read_run
-from pipeline.progress import bar
+from pipeline.plan import check_cache, load_trained, read_run
+from pipeline.progress import Update, bar
 from pipeline.ray_session import session
 from pipeline.ray_train import fit
 from pipeline.rundir import Out, RunDir, hold, read_json, write_atomic
@@ -34,23 +35,48 @@ PREDICT_BATCH = 64
 
 def build_shards(out: Out, config: ShardsConfig, *, replace: bool = False) -> Built:
     """Write the shards of a source, or find them made already."""
-    with bar("shards", "pictures checked, written") as update:
-        folder = out.shards(config.name)
-        return build(config, folder, progress=lambda done, of: update(done, of, ""), replace=replace)
+    with ExitStack() as shown:
+        bars: dict[str, Update] = {}
+
+        def progress(phase: str, done: int, of: int) -> None:
+            if phase not in bars:  # a bar and an estimate of its own: checking and writing differ in speed
+                shown.close()
+                bars[phase] = shown.enter_context(bar(f"shards {phase}", "pictures"))
+            bars[phase](done, of, "")
+
+        return build(config, out.shards(config.name), progress=progress, replace=replace)
 
 
 def train(out: Out, run: RunDir, resources: Resources, *, tags: dict[str, str] | None = None) -> bool:
     """Train a prepared run to its end under Ray, mirrored to MLflow; False if it was complete already."""
-    config, manifest = read_run(run)
+    config, _ = read_run(run)
     resources.check(config)
     if run.result.exists():
         return False
-    with bar("train", "epochs") as update, mirrored(out, manifest, Epochs({run: config}, update)) as mirror:
-        mirror.start(run, config, tags=tags or {})
-        with session(cpus=_cpus(resources, 1)):
-            fit(run, resources)
-        mirror.end(run, "FINISHED")
+    with _under_ray(out, run, resources, tags or {}):
+        fit(run, resources)
     return True
+
+
+def torment(out: Out, run: RunDir, resources: Resources, mtbf_s: float) -> chaos.Verdict:
+    """train(), while workers are killed every mtbf_s seconds on average; then whether that changed anything."""
+    config, _ = read_run(run)
+    resources.check(config)
+    chaos.check(run, resources)
+    with _under_ray(out, run, resources, {"gsa.chaos": f"{mtbf_s:g}"}):
+        return chaos.judge(run, resources, mtbf_s)
+
+
+@contextmanager
+def _under_ray(out: Out, run: RunDir, resources: Resources, tags: dict[str, str]) -> Iterator[None]:
+    """A Ray, a bar, and MLflow, while a run is trained; finished if the block is."""
+    config, manifest = read_run(run)
+    check_cache(config, manifest)
+    with bar("train", "epochs") as update, mirrored(out, manifest, Epochs({run: config}, update)) as mirror:
+        mirror.start(run, config, tags=tags)
+        with session(cpus=_cpus(resources, 1)):
+            yield
+        mirror.end(run, "FINISHED")
 
 
 def tune(
@@ -64,7 +90,8 @@ def tune(
     if all(name in ended_trials(folder) for name in names):
         return [ended_trials(folder)[name] for name in names], False
     write_atomic(folder.config, dump(sweep))
-    _, manifest = read_run(planned[0].run)
+    config, manifest = read_run(planned[0].run)
+    check_cache(config, manifest)
     configs = {t.run: t.config for t in planned}
     with (
         hold(folder.lock, f"sweep {sweep.name}"),
@@ -92,7 +119,8 @@ def evaluate_model(out: Out, source: str, shards: str | None) -> Evaluation:
         model, config, manifest = load_trained(out.find_run(source))
         if shards:
             manifest = _same_classes(read_manifest(out.shards(shards)), manifest.classes)
-        return evaluate_split(model, config, _val(manifest), this_place(), _threads())
+        classes = len(manifest.classes)
+        return evaluate_split(model, config, _val(manifest), classes, this_place(), _threads())
     if not shards:
         raise InputError(f"{source}: which pictures? next: --shards NAME or --shards DIR")
     loaded = registry.load(source, out.tracking_uri)
@@ -105,7 +133,8 @@ def evaluate_model(out: Out, source: str, shards: str | None) -> Evaluation:
         return torch.from_numpy(loaded.predict(images.numpy())).double().clamp_min(1e-38).log()
 
     batches = data.eval_loader(samples, config, rank=0, world=1, threads=_threads())
-    return evaluate(forward, batches, expected=samples.certificate, salt=samples.salt)
+    classes = len(loaded.classes)
+    return evaluate(forward, batches, classes=classes, expected=samples.certificate, salt=samples.salt)
 
 
 def register(
@@ -115,8 +144,8 @@ def register(
     if not run.result.exists():
         raise InputError(f"run {run.name} is not complete; next: train it to its end")
     network, config, manifest = load_trained(run)
-    result = evaluate_split(network, config, manifest.split("val"), this_place(), _threads())
     facts, samples = read_json(run.facts), manifest.split("val")
+    result = evaluate_split(network, config, samples, len(manifest.classes), this_place(), _threads())
     tags = {
         "gsa.run": run.name,
         "gsa.fingerprint": facts["fingerprint"],
@@ -134,7 +163,7 @@ def register(
         example=np.stack([data.eval_picture(samples, i, config.data) for i in (0, len(samples) - 1)]),
         metadata={
             "classes": list(manifest.classes),
-            "image_size": config.data.image_size,
+            "image_size": config.data.eval_size,
             "crop_pct": config.data.crop_pct,
         },
         tags=tags,
@@ -200,7 +229,7 @@ def _classifier(out: Out, source: str) -> tuple[Callable[[Any], Any], Sequence[s
         with torch.no_grad():
             return classifier(torch.from_numpy(images)).numpy()
 
-    return classify, manifest.classes, config.data.image_size, config.data.crop_pct
+    return classify, manifest.classes, config.data.eval_size, config.data.crop_pct
 
 
 def _picture(file: Path, size: int, pct: float) -> Any:

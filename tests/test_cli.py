@@ -2,6 +2,7 @@
 
 import json
 import os
+import re
 import shutil
 import signal
 import subprocess
@@ -97,8 +98,13 @@ def test_models_check_counts_the_papers_figures_anew(gsa, monkeypatch: pytest.Mo
 
 def test_shards_are_built_verified_shown_and_reused(gsa, pictures: Path, tmp_path: Path) -> None:
     build = ("shards", "build", "--source", "folder", "--input", str(pictures), "--name", "mine")
-    code, out, _ = gsa(*build)
+    code, out, err = gsa(*build)
     assert (code, out.splitlines()[0].split(":")[0]) == (0, "written")
+    lines = err.splitlines()
+    ends = [
+        n for n, line in enumerate(lines) if re.fullmatch(r"  shards (checked|written) 72/72 pictures", line)
+    ]
+    assert [lines[n].split()[1] for n in ends] == ["checked", "written"]
     assert gsa(*build)[1].startswith("reused")
     assert gsa("shards", "verify", "mine")[0] == 0
     code, out, _ = gsa("shards", "show", "mine", "--sheet", str(tmp_path / "sheet.png"))
@@ -147,7 +153,10 @@ def test_left_out_pictures_are_listed_and_counted(gsa, pictures: Path, tmp_path:
         (["train", "digits", "optim.lrr=1"], "did you mean optim.lr?"),
         (["train", "digits", "optim.lr=fast"], "optim.lr: expected a valid number, got 'fast'"),
         (["train", "digits", "--workers", "4..2"], "lower bound is above"),
-        (["train", "digits", "--workers", "two"], "workers"),
+        (
+            ["train", "digits", "--workers", "two"],
+            "workers: expected N or MIN..MAX, from 1 on, got 'two'; next: ",
+        ),
         (["train", "digits"], "digits"),  # no shards built yet
         (["tune", "nothing"], "sweep recipe nothing is unknown"),
         (["run", "dem"], "did you mean demo?"),
@@ -159,6 +168,14 @@ def test_left_out_pictures_are_listed_and_counted(gsa, pictures: Path, tmp_path:
         (["predict", "models:/nothing@champion", "a.png"], "there is no registry"),
         (["shards", "verify", "nothing"], "nothing"),
         (["shards", "build", "--source", "folder"], "needs input"),
+        (
+            ["shards", "build", "--source", "digits", "--name", "a b"],
+            "a letter or digit first, got 'a b'; next: ",
+        ),
+        (
+            ["shards", "index", "--name", "x", "--train", "0.tar", "1.tar", "2.tar"],
+            "got 2 more, the first '1.tar': a pattern that the shell has expanded? next: quote it",
+        ),
         (
             ["shards", "build", "--source", "imagenet", "--input", "."],
             "no ImageNet train split there: expected",

@@ -51,10 +51,20 @@ def test_evaluation_counts_exactly(classes: int) -> None:
     top5 = sum(label in order[:5] for order, label in zip(rows, labels.tolist(), strict=True))
     right = logits.double().softmax(1)[range(50), labels]
     for size in (1, 7, 50):
-        found = evaluate(table_of(logits), numbered(labels, size), expected=certify(np.arange(50), 7), salt=7)
+        found = evaluate(
+            table_of(logits),
+            numbered(labels, size),
+            classes=classes,
+            expected=certify(np.arange(50), 7),
+            salt=7,
+        )
         assert (found.correct, found.samples) == (top1, 50)
         assert (found.top1, found.top5) == pytest.approx((100 * top1 / 50, 100 * top5 / 50))
         assert found.loss == pytest.approx(float(-right.log().mean()))
+        assert [of for _, of in found.by_class] == [int((labels == c).sum()) for c in range(classes)]
+        predicted = torch.tensor([order[0] for order in rows])
+        by_hand = [int(((labels == c) & (predicted == c)).sum()) for c in range(classes)]
+        assert [right for right, _ in found.by_class] == by_hand
     assert found.metrics() == {
         "val/top1": found.top1,
         "val/top5": found.top5,
@@ -66,9 +76,8 @@ def test_evaluation_counts_exactly(classes: int) -> None:
 def test_log_probabilities_count_like_logits() -> None:
     torch.manual_seed(0)
     logits, batch = torch.randn(8, 7), numbered(torch.randint(0, 7, (8,)), 8)[0]
-    plain, normalised = eval_step(table_of(logits), batch), eval_step(table_of(logits.log_softmax(1)), batch)
-    for key in ("loss", "correct", "correct5", "count"):
-        assert float(plain[key]) == pytest.approx(float(normalised[key]), rel=1e-6)
+    plain, normal = (eval_step(table_of(x), batch, 7) for x in (logits, logits.log_softmax(1)))
+    assert plain.tolist() == pytest.approx(normal.tolist(), rel=1e-6)
 
 
 @pytest.mark.parametrize("drop", ["sample", "batch", "all"])
@@ -81,13 +90,13 @@ def test_evaluation_refuses_to_report_on_a_part(drop: str) -> None:
     with pytest.raises(
         RuntimeError, match=f"evaluation saw {seen} samples, expected each of 10 exactly once"
     ):
-        evaluate(table_of(logits), parts, expected=TEN, salt=7)
+        evaluate(table_of(logits), parts, classes=3, expected=TEN, salt=7)
 
 
 def test_evaluation_refuses_a_sample_too_many() -> None:
     parts = numbered(torch.zeros(10, dtype=torch.long), 4)
     with pytest.raises(RuntimeError, match="evaluation saw 14 samples, expected each of 10"):
-        evaluate(table_of(torch.randn(10, 3)), [*parts, parts[0]], expected=TEN, salt=7)
+        evaluate(table_of(torch.randn(10, 3)), [*parts, parts[0]], classes=3, expected=TEN, salt=7)
 
 
 def small_model() -> torch.nn.Module:
@@ -106,14 +115,14 @@ def test_evaluation_refuses_one_sample_twice_in_place_of_another() -> None:
     with pytest.raises(
         RuntimeError, match=r"saw 10 samples, expected each of 10 exactly once \(certificate 10:"
     ):
-        evaluate(table_of(torch.randn(10, 3)), parts, expected=TEN, salt=7)
+        evaluate(table_of(torch.randn(10, 3)), parts, classes=3, expected=TEN, salt=7)
 
 
 def test_evaluation_takes_no_gradients() -> None:
     model = small_model()
     batch = Batch(four_pictures(), torch.zeros(4, dtype=torch.long), np.arange(4), torch.empty(0))
-    sums = eval_step(lambda images: model(to_device(images, CPU)), batch)
-    assert not any(value.requires_grad for value in sums.values())
+    sums = eval_step(lambda images: model(to_device(images, CPU)), batch, 3)
+    assert not sums.requires_grad
 
 
 def test_the_classifier_gives_probabilities_of_raw_pictures() -> None:
@@ -140,7 +149,9 @@ def rank_of(world: int, rank: int, meeting: str, folder: str, config: Any) -> No
         dist.init_process_group("gloo", init_method=f"file://{meeting}", rank=rank, world_size=world)
     samples = read_manifest(Path(folder)).split("val")
     batches = eval_loader(samples, config, rank=rank, world=world, threads=rank % 3)
-    found = evaluate(right_one_time_in_three, batches, expected=samples.certificate, salt=samples.salt)
+    found = evaluate(
+        right_one_time_in_three, batches, classes=3, expected=samples.certificate, salt=samples.salt
+    )
     Path(f"{meeting}-{rank}").write_text(json.dumps(found))
     if world > 1:
         dist.destroy_process_group()
@@ -166,6 +177,7 @@ def test_real_ranks_see_each_sample_once_and_say_so(
     told = [Evaluation(*json.loads(Path(f"{meeting}-{rank}").read_text())) for rank in range(world)]
     assert told == [told[0]] * world
     assert (told[0].correct, told[0].samples) == (2, 6)
+    assert [list(c) for c in told[0].by_class] == [[2, 2], [0, 2], [0, 2]]
     assert told[0].certificate == str(read_manifest(folder).split("val").certificate)
 
 

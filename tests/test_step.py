@@ -1,9 +1,7 @@
 """One step against a slow obvious reference; who gets weight decay; the schedule; exact evaluation."""
 
 import copy
-import math
 from collections.abc import Iterator
-from itertools import pairwise
 from typing import Any
 
 import numpy as np
@@ -13,15 +11,16 @@ from torch import Tensor, nn
 
 from gsa_models import create_model
 from pipeline.batch_augment import DRAWS
-from pipeline.config import AugmentConfig, OptimConfig
+from pipeline.config import ComputeConfig, Config, OptimConfig
 from pipeline.data import Batch, to_device
-from pipeline.optim import lr_at, optimizer, peak_lr
-from pipeline.step import TrainState, train_step, world_sums
+from pipeline.faults import Faults
+from pipeline.optim import Ema, optimizer
+from pipeline.step import SUMS, TrainState, loss_of, train_step, world_sums
 
 CPU = torch.device("cpu")
 LR, MOMENTUM, DECAY, SMOOTHING = 0.3, 0.9, 0.05, 0.1
-PLAIN: dict[str, Any] = {"augment": AugmentConfig(), "classes": 3}
-OPTIM = OptimConfig(momentum=MOMENTUM, weight_decay=DECAY)
+COMPUTE = ComputeConfig()
+OPTIM = OptimConfig(momentum=MOMENTUM, weight_decay=DECAY, label_smoothing=SMOOTHING)
 
 
 @pytest.fixture(autouse=True)
@@ -57,8 +56,26 @@ def batches(number: int, *, size: int = 4, seed: int = 0) -> list[Batch]:
     ]
 
 
-def new_state(model: nn.Module, optim: OptimConfig = OPTIM) -> TrainState:
-    return TrainState(model, model, optimizer(model, optim), CPU)
+def new_state(model: nn.Module, optim: OptimConfig = OPTIM, **faults: Any) -> TrainState:
+    ema = Ema(model, optim.ema) if optim.ema else None
+    return TrainState(model, model, optimizer(model, optim), CPU, Faults(CPU, **faults), ema)
+
+
+def step(
+    state: TrainState,
+    parts: list[Batch],
+    *,
+    first: int = 0,
+    seed: int = 0,
+    lr: float = LR,
+    optim: OptimConfig = OPTIM,
+    compute: ComputeConfig = COMPUTE,
+) -> dict[str, float]:
+    """A step, and what it summed up."""
+    train_step(state, parts, Config(seed=seed, optim=optim, compute=compute), first=first, lr=lr, classes=3)
+    found = dict(zip(SUMS, state.sums.tolist(), strict=True))
+    state.sums.zero_()
+    return found
 
 
 # --- one step ----------------------------------------------------------------------------------------------
@@ -95,7 +112,15 @@ def step_plainly(
     for name, buffer in after.named_buffers():
         buffer.copy_(torch.stack([dict(twin.named_buffers())[name] for twin in copies]).double().mean(0))
     count = sum(len(part.labels) for part in parts)
-    return after, {"loss": sum(losses) / len(losses) * count, "correct": correct, "count": count, "bad": 0.0}
+    means = [torch.stack([g[n].grad for g in gradients]).mean(0) for n in gradients[0]]  # type: ignore[misc]
+    sums = {"loss": sum(losses) / len(losses) * count, "correct": correct, "count": count}
+    return after, {
+        **sums,
+        "grad_norm": float(torch.cat([m.flatten() for m in means]).norm()),
+        "steps": 1,
+        "bad": 0,
+        "skipped": 0,
+    }
 
 
 @pytest.mark.parametrize("number", [1, 3])
@@ -112,8 +137,7 @@ def test_a_step_is_the_mean_over_its_micro_batches(number: int, monkeypatch: pyt
     for turn in range(2):
         parts = batches(number, seed=turn)
         expected, sums = step_plainly(expected, velocity, parts)
-        found = train_step(state, parts, first=0, seed=0, lr=LR, label_smoothing=SMOOTHING, **PLAIN)
-        assert {k: float(v) for k, v in found.items()} == pytest.approx(sums, rel=1e-5)
+        assert step(state, parts) == pytest.approx(sums, rel=1e-5)
         assert state.step == turn + 1
         for (name, one), other in zip(
             state.model.state_dict().items(), expected.state_dict().values(), strict=True
@@ -125,8 +149,8 @@ def test_running_statistics_move_once_a_step_whatever_the_micro_batches() -> Non
     """Three equal micro-batches move them exactly as far as one of them."""
     part = batches(1)[0]
     once, thrice = new_state(small_model()), new_state(small_model())
-    train_step(once, [part], first=0, seed=0, lr=0.0, label_smoothing=0.0, **PLAIN)
-    train_step(thrice, [part] * 3, first=0, seed=0, lr=0.0, label_smoothing=0.0, **PLAIN)
+    step(once, [part], lr=0.0)
+    step(thrice, [part] * 3, lr=0.0)
     start = small_model().state_dict()
     for name, value in once.model.state_dict().items():
         if "running" in name or "tracked" in name:
@@ -138,7 +162,7 @@ def test_a_step_trains_also_after_an_evaluation() -> None:
     state = new_state(small_model())
     state.model.eval()
     before = state.model.state_dict()["stem.1.running_mean"].clone()
-    train_step(state, batches(1), first=0, seed=0, lr=0.0, label_smoothing=0.0, **PLAIN)
+    step(state, batches(1), lr=0.0)
     assert state.model.training
     assert not torch.equal(state.model.state_dict()["stem.1.running_mean"], before)
 
@@ -148,9 +172,7 @@ def test_what_a_network_draws_depends_on_seed_and_micro_batch_alone() -> None:
 
     def loss(parts: list[Batch], *, first: int, seed: int = 0) -> float:
         state = new_state(small_model(drop_path=0.9))
-        return float(
-            train_step(state, parts, first=first, seed=seed, lr=0.0, label_smoothing=0.0, **PLAIN)["loss"]
-        )
+        return step(state, parts, first=first, seed=seed, lr=0.0)["loss"]
 
     one, two = batches(2)
     assert loss([one, two], first=6) == pytest.approx(loss([one], first=6) + loss([two], first=7))
@@ -161,75 +183,186 @@ def test_what_a_network_draws_depends_on_seed_and_micro_batch_alone() -> None:
 def test_a_step_leaves_the_global_random_generator_alone() -> None:
     state = new_state(small_model(drop_path=0.5))
     before = torch.get_rng_state()
-    train_step(state, batches(1), first=0, seed=0, lr=0.1, label_smoothing=0.0, **PLAIN)
+    step(state, batches(1))
     assert torch.equal(torch.get_rng_state(), before)
 
 
-# --- optimizer ---------------------------------------------------------------------------------------------
-
-
-def test_weight_decay_is_for_the_weights_of_convolutions_and_matrices() -> None:
-    model = small_model()
-    layers = (m for m in model.modules() if isinstance(m, nn.Conv2d | nn.Linear))
-    weights = {id(layer.weight) for layer in layers}
-    decayed, others = optimizer(model, OPTIM).param_groups
-    assert {id(p) for p in decayed["params"]} == weights
-    assert {id(p) for p in others["params"]} == {id(p) for p in model.parameters()} - weights
-    assert (decayed["weight_decay"], others["weight_decay"]) == (DECAY, 0.0)
-    names = {id(p): name for name, p in model.named_parameters()}
-    free = [names[id(p)] for p in others["params"]]
-    assert sum(name.endswith("_table") for name in free) == 4  # the tables of the two GSA modules
-    assert "head.2.bias" in free
-
-
-@pytest.mark.parametrize("name", ["sgd", "adamw"])
-def test_without_a_gradient_only_decayed_weights_shrink(name: Any) -> None:
-    model = small_model()
-    before = {k: v.clone() for k, v in model.named_parameters()}
-    optim = optimizer(model, OptimConfig(name=name, weight_decay=DECAY, momentum=0.0))
-    for group in optim.param_groups:
-        group["lr"] = 0.5
-    for parameter in model.parameters():
-        parameter.grad = torch.zeros_like(parameter)
-    optim.step()
-    for key, value in model.named_parameters():
-        shrunk = value.ndim > 1 and not key.endswith("_table")
-        torch.testing.assert_close(value.detach(), before[key] * (1 - 0.5 * DECAY if shrunk else 1))
-
-
-def test_the_optimizer_is_the_one_of_the_recipe() -> None:
-    sgd = optimizer(small_model(), OptimConfig(momentum=0.8)).defaults
-    assert (sgd["momentum"], sgd["nesterov"]) == (0.8, True)
-    assert optimizer(small_model(), OptimConfig(momentum=0.0)).defaults["nesterov"] is False
-    adamw = optimizer(small_model(), OptimConfig(name="adamw", momentum=0.8))
-    assert isinstance(adamw, torch.optim.AdamW)
-    assert adamw.defaults["betas"] == (0.8, 0.999)
-
-
-def test_the_learning_rate_rises_linearly_and_falls_as_a_half_cosine() -> None:
-    rates = [lr_at(step, peak=2.0, total=110, warmup=10) for step in range(110)]
-    assert rates[:11] == pytest.approx([0.2, 0.4, 0.6, 0.8, 1.0, 1.2, 1.4, 1.6, 1.8, 2.0, 2.0])
-    assert rates[35] == pytest.approx(1 + math.sqrt(0.5))  # a quarter of the way down
-    assert rates[60] == pytest.approx(1.0)
-    assert rates[85] == pytest.approx(1 - math.sqrt(0.5))
-    assert rates[109] == pytest.approx(1 - math.cos(math.pi / 100))  # one step before zero
-    assert all(a >= b > 0 for a, b in pairwise(rates[10:]))
-
-
-def test_the_schedule_has_no_holes_at_its_edges() -> None:
-    assert lr_at(0, peak=2.0, total=4, warmup=0) == 2.0
-    assert [lr_at(s, peak=2.0, total=2, warmup=2) for s in (0, 1, 2)] == [1.0, 2.0, 2.0]
-    assert lr_at(4, peak=2.0, total=4, warmup=0) == 0.0
-
-
-def test_the_peak_grows_with_the_global_batch() -> None:
-    assert peak_lr(OptimConfig(lr=0.1, global_batch=256)) == pytest.approx(0.1)
-    assert peak_lr(OptimConfig(lr=0.1, global_batch=2048)) == pytest.approx(0.8)
-    assert peak_lr(OptimConfig(lr=0.2, global_batch=64)) == pytest.approx(0.05)
-
-
 def test_sums_of_one_rank_are_its_own() -> None:
-    assert world_sums({"a": torch.tensor(1.5), "b": torch.tensor(2, dtype=torch.int64)}) == {
-        "a": 1.5,
-        "b": 2.0,
-    }
+    assert world_sums(torch.tensor([1.5, 2.0])) == [1.5, 2.0]
+
+
+# --- steps that are left out -------------------------------------------------------------------------------
+
+
+def content(state: TrainState) -> dict[str, Tensor]:
+    """All that a step may change."""
+    found = dict(state.model.state_dict())
+    for i, values in state.optimizer.state_dict()["state"].items():
+        found |= {f"optimizer {i} {key}": value for key, value in values.items()}
+    if state.ema:
+        found |= {f"ema {key}": value for key, value in state.ema.model.state_dict().items()}
+    return {key: value.clone() for key, value in found.items()}
+
+
+def same(one: dict[str, Tensor], other: dict[str, Tensor]) -> bool:
+    return list(one) == list(other) and all(
+        torch.equal(a.contiguous().view(-1).view(torch.uint8), b.contiguous().view(-1).view(torch.uint8))
+        for a, b in zip(one.values(), other.values(), strict=True)
+    )
+
+
+def spoil_loss(state: TrainState, value: float) -> Any:
+    return state.model.register_forward_hook(lambda m, i, logits: logits * value)
+
+
+def spoil_gradient(state: TrainState, value: float) -> Any:
+    """Of one weight in the middle, behind a loss that is finite."""
+    return dict(state.model.named_parameters())["stem.0.weight"].register_hook(lambda g: g * value)
+
+
+def spoil_statistics(state: TrainState, value: float) -> Any:
+    """Running statistics of one norm, behind a loss and a gradient that are finite."""
+    norm = next(m for m in state.model.modules() if isinstance(m, nn.BatchNorm2d))
+
+    def spoil(gradient: Tensor) -> None:
+        norm.running_var.mul_(value)  # type: ignore[union-attr, operator]
+
+    return norm.weight.register_hook(spoil)
+
+
+SPOILERS = {"loss": spoil_loss, "gradient": spoil_gradient, "statistics": spoil_statistics}
+
+
+@pytest.mark.parametrize(
+    ("name", "at", "where", "value"),
+    [(name, at, "gradient", float("inf")) for name in ("sgd", "adamw", "lamb") for at in (0, 2)]
+    + [("sgd", 1, where, value) for where in SPOILERS for value in (float("nan"), float("inf"))],
+)
+def test_a_step_that_is_not_finite_changes_nothing(name: Any, at: int, where: str, value: float) -> None:
+    """Bit for bit a run without that batch: weights, optimizer, averages, statistics, and the sums."""
+    optim = OptimConfig(name=name, ema=0.9, clip_norm=1.0)
+    spoiled, clean = (new_state(small_model(), optim, max_skips=9) for _ in range(2))
+    for turn in range(4):
+        parts = batches(2, seed=turn)
+        if turn == at:
+            before, hook = content(spoiled), SPOILERS[where](spoiled, value)
+            sums = step(spoiled, parts, first=2 * turn, optim=optim)
+            hook.remove()
+            after = content(spoiled)  # AdamW has made its moments of zeros, if it is the first
+            assert same({key: after[key] for key in before}, before)
+            assert sums == dict.fromkeys(SUMS, 0.0) | {"skipped": 1.0}
+            clean.step += 1
+        else:
+            found = [step(state, parts, first=2 * turn, optim=optim) for state in (spoiled, clean)]
+            assert found[0] == found[1]
+            assert found[0]["skipped"] == 0
+    assert spoiled.step == clean.step == 4
+    assert same(content(spoiled), content(clean))
+    assert not same(content(clean), before)
+
+
+def test_too_many_steps_in_a_row_end_a_run_and_are_named() -> None:
+    state = new_state(small_model(), max_skips=2)
+    for turn, bad in enumerate([True, True, False, True, True, True]):
+        hook = spoil_loss(state, float("nan")) if bad else None
+        step(state, batches(1, seed=turn))
+        if hook:
+            hook.remove()
+        if turn < 5:
+            state.faults.check(state.step)
+    expected = "rank 0 at step 1, 2, 4, 5, 6; 3 steps in a row were left out, optim.max_skips allows 2; next: a lower"
+    with pytest.raises(FloatingPointError, match=expected):
+        state.faults.check(state.step)
+
+
+def test_without_any_allowed_the_first_step_left_out_ends_a_run() -> None:
+    state = new_state(small_model())
+    step(state, batches(1))
+    state.faults.check(state.step)
+    spoil_loss(state, float("inf"))
+    step(state, batches(1))
+    with pytest.raises(FloatingPointError, match="rank 0 at step 2; 1 steps in a row"):
+        state.faults.check(state.step)
+
+
+# --- precision, clipping, losses, averages -----------------------------------------------------------------
+
+
+@pytest.mark.parametrize("precision", ["bf16", "fp16"])
+def test_half_precision_trains_nearly_like_float32(precision: Any) -> None:
+    """float16 on a CPU: slow, but the scale of the loss and what undoes it are those of a GPU."""
+    plain, half = new_state(small_model()), new_state(small_model(), fp16=precision == "fp16", max_skips=9)
+    half.faults.scale.clamp_(max=256.0)
+    one, other = step(plain, batches(2)), step(half, batches(2), compute=ComputeConfig(precision=precision))
+    assert other["loss"] == pytest.approx(one["loss"], rel=0.03)
+    assert other["grad_norm"] == pytest.approx(one["grad_norm"], rel=0.5)  # batch norm over four samples
+    assert other["skipped"] == 0
+    assert other["loss"] != one["loss"], "nothing was computed in half precision"
+    assert all(p.dtype == torch.float32 for p in half.model.parameters())
+
+
+def test_an_overflow_of_float16_halves_the_scale_and_is_not_held_against_the_run() -> None:
+    state = new_state(small_model(), fp16=True)
+    first, before = float(state.faults.scale), content(state)
+    hook = spoil_gradient(state, 1e30)
+    compute = ComputeConfig(precision="fp16")
+    for _ in range(3):
+        step(state, batches(1), compute=compute)
+        state.faults.check(state.step)
+    hook.remove()
+    assert float(state.faults.scale) == first / 8
+    assert same(content(state), before)
+    state.faults.scale.fill_(64.0)
+    state.faults.good.fill_(1999)
+    step(state, batches(1), compute=compute)
+    assert not same(content(state), before)
+    assert float(state.faults.scale) == 128
+    state.faults.scale.fill_(1.0)
+    spoil_loss(state, float("nan"))
+    step(state, batches(1), compute=compute)
+    with pytest.raises(FloatingPointError, match="at step"):  # no scale is to blame
+        state.faults.check(state.step)
+
+
+def test_clipping_bounds_the_gradient_of_the_step_and_tells_the_norm_before() -> None:
+    plain, clipped, sgd = new_state(small_model()), new_state(small_model()), OptimConfig(momentum=0.0)
+    norm = step(plain, batches(1), lr=0.0, optim=sgd)["grad_norm"]
+    start = {k: v.clone() for k, v in clipped.model.named_parameters()}
+    half = OptimConfig(momentum=0.0, weight_decay=0.0, clip_norm=norm / 2)
+    clipped.optimizer = optimizer(clipped.model, half)
+    assert step(clipped, batches(1), lr=1.0, optim=half)["grad_norm"] == pytest.approx(norm)
+    moved = torch.cat([(v - start[k]).detach().flatten() for k, v in clipped.model.named_parameters()])
+    assert float(moved.norm()) == pytest.approx(norm / 2, rel=1e-4)
+
+
+@pytest.mark.parametrize("smoothing", [0.0, 0.1])
+def test_the_losses_are_what_their_papers_say(smoothing: float) -> None:
+    logits = torch.tensor([[2.0, -1.0, 0.5], [0.1, 0.2, -3.0]])
+    shares = torch.tensor([[0.7, 0.0, 0.3], [0.1, 0.9, 0.0]])  # a tenth counts as not there
+    optim = OptimConfig(loss="bce", label_smoothing=smoothing)
+    there = torch.tensor([[1.0, 0.0, 1.0], [0.0, 1.0, 0.0]]) * (1 - smoothing) + smoothing / 3
+    p = logits.sigmoid()
+    expected = -(there * p.log() + (1 - there) * (1 - p).log()).mean()
+    torch.testing.assert_close(loss_of(logits, shares, optim), expected)
+    labels = torch.tensor([2, 1])
+    one_hot = torch.tensor([[0.0, 0.0, 1.0], [0.0, 1.0, 0.0]])
+    torch.testing.assert_close(loss_of(logits, labels, optim), loss_of(logits, one_hot, optim))
+    plain = OptimConfig(label_smoothing=smoothing)
+    target = one_hot * (1 - smoothing) + smoothing / 3
+    expected = -(target * logits.log_softmax(1)).sum(1).mean()
+    torch.testing.assert_close(loss_of(logits, labels, plain), expected)
+    torch.testing.assert_close(loss_of(logits, one_hot, plain), expected)
+
+
+def test_averages_follow_the_weights_and_the_statistics() -> None:
+    state = new_state(small_model(), OptimConfig(ema=0.75))
+    assert state.ema is not None
+    expected = {k: v.clone() for k, v in state.model.state_dict().items()}
+    for turn in range(2):
+        step(state, batches(1, seed=turn))
+        for key, value in state.model.state_dict().items():
+            if value.is_floating_point():
+                expected[key] = 0.75 * expected[key] + 0.25 * value
+    for key, value in state.ema.model.state_dict().items():
+        if value.is_floating_point():
+            torch.testing.assert_close(value, expected[key], msg=lambda m, k=key: f"{k}: {m}")

@@ -1,30 +1,24 @@
 """Training: the same bytes after any kill, the same result for any number of ranks, the same run for a config."""
 
 import errno
-import itertools
 import json
 import math
-import os
 import random
 import re
 import resource
-import runpy
 import shutil
 import signal
-import sys
 import time
 from collections import Counter
 from collections.abc import Iterator
-from multiprocessing.process import BaseProcess
 from pathlib import Path
 from typing import Any
 
-import numpy as np
 import pytest
 import torch
-import torch.distributed as dist
+from ranks import MUTANTS, Ranks, assert_close, output, same_weights, series, tensors, weights
 
-from pipeline import batch_augment, checkpoint, data, metrics, train
+from pipeline import checkpoint, metrics, train
 from pipeline.config import ConfigError, InputError
 from pipeline.manifest import ShardError, read_manifest
 from pipeline.pictures import ShardsConfig
@@ -35,208 +29,10 @@ from pipeline.shards import build
 EPOCHS, STEPS = 3, 3  # of the runs in processes of their own; 54 samples make 3 steps of 16
 # Of the runs of two ranks: nothing that is drawn may depend on the ranks.
 DRAWN = {"drop_path": 0.5, "policy": "randaugment", "erase": 0.3, "mixup": 0.2, "cutmix": 1.0}
-CALLS = ("fsync", "replace", "rename")  # of os: the moments at which something becomes visible, or lasting
-FILE, CHECKPOINT = 3, 9  # how many of them make a file; flush the journal and make a checkpoint of two files
-
-
-# --- runs in processes of their own, to be killed ----------------------------------------------------------
-
-
-def work(job: dict[str, Any]) -> None:
-    """What such a process does: train as one rank of job["world"], with a journal record for each step."""
-    sys.stderr = open(job["log"], "a", buffering=1)  # noqa: SIM115
-    torch.set_num_threads(1)
-    rank, world = job["rank"], job["world"]
-    if world > 1:
-        dist.init_process_group("gloo", init_method=f"file://{job['meeting']}", rank=rank, world_size=world)
-    train.LOG_EVERY = 1
-    if job.get("double"):
-        compute_in_float64()
-    if job.get("hang_at"):
-        hang_at_step(job["hang_at"], Path(f"{job['meeting']}-{rank}"))
-    if job.get("die_at"):
-        die_at_call(job["die_at"])
-    if job.get("mutant"):
-        MUTANTS[job["mutant"]]()
-    if job.get("seen"):
-        note_samples(Path(job["seen"]) / f"rank-{rank}")
-    run, reports = RunDir(Path(job["run"])), []
-    train.train(run, reports.append, loader_threads=job.get("loader_threads", 0))
-    (run.logs / f"reports-{rank}.json").write_text(json.dumps(reports))
-    if world > 1:
-        dist.destroy_process_group()
-
-
-def compute_in_float64() -> None:
-    """Batch norm over four samples magnifies rounding tenfold a step: in float32 six steps would not compare."""
-    make, move = train.build_model, data.to_device
-    train.build_model = lambda *args: make(*args).double()  # type: ignore[assignment,misc]
-    data.to_device = batch_augment.to_device = lambda *args: move(*args).double()  # type: ignore[attr-defined,assignment]
-
-
-def hang_at_step(number: int, sign: Path) -> None:
-    """Wait for the kill after that step, and say so: however slow the machine is, it comes in time."""
-    real = train.train_step
-
-    def hang(state: Any, *args: Any, **options: Any) -> Any:
-        if state.step == number:
-            sign.touch()
-            time.sleep(600)
-        return real(state, *args, **options)
-
-    train.train_step = hang
-
-
-def die_at_call(number: int) -> None:
-    """SIGKILL instead of the call of that number that makes something visible or lasting."""
-    made = itertools.count(1)
-
-    def watch(name: str) -> None:
-        real = getattr(os, name)
-
-        def call(*args: Any, **options: Any) -> Any:
-            if next(made) == number:
-                os.kill(os.getpid(), signal.SIGKILL)
-            return real(*args, **options)
-
-        setattr(os, name, call)
-
-    for name in CALLS:
-        watch(name)
-
-
-def forget_optimizer() -> None:
-    torch.optim.Optimizer.load_state_dict = lambda *_: None  # type: ignore[assignment,method-assign]
-
-
-def keep_journal() -> None:
-    metrics.cut = lambda *_: None  # type: ignore[assignment]
-
-
-def forget_step() -> None:
-    newest = checkpoint.newest
-
-    def from_step_0(folder: Path) -> dict[str, Any] | None:
-        found = newest(folder)
-        return found and {**found, "step": 0}
-
-    checkpoint.newest = from_step_0  # type: ignore[assignment]
-
-
-# What a broken resume would do: the tests of resuming have to see each of them.
-MUTANTS = {"optimizer": forget_optimizer, "journal": keep_journal, "step": forget_step}
-
-
-def note_samples(path: Path) -> None:
-    read = data.read_sample
-
-    def note(samples: Any, i: int) -> bytes:
-        with open(path, "a") as file:
-            file.write(f"{samples.split} {i}\n")
-        return read(samples, i)
-
-    data.read_sample = note  # type: ignore[assignment]
-
-
-class Ranks:
-    """The processes of one attempt at a run."""
-
-    def __init__(self, forks: Any, run: RunDir, world: int = 1, **job: Any) -> None:
-        self.run, self.log = run, run.logs / "test.txt"
-        self.meeting = str(run.logs / f"meeting-{os.urandom(4).hex()}")
-        common = {"run": str(run.path), "world": world, "meeting": self.meeting, "log": str(self.log), **job}
-        self.processes: list[BaseProcess] = [
-            forks.Process(target=runpy.run_path, args=(__file__, {"JOB": {**common, "rank": rank}}, "worker"))
-            for rank in range(world)
-        ]
-        for process in self.processes:
-            process.start()
-
-    def wait(self) -> list[int]:
-        """The exit codes; who has not ended by itself is killed."""
-        for process in self.processes:
-            process.join(timeout=120)
-            process.kill()
-            process.join()
-        return [int(process.exitcode or 0) for process in self.processes]
-
-    def finish(self) -> RunDir:
-        codes = self.wait()
-        assert not any(codes), f"exit codes {codes}; {self.log.read_text()[-2000:]}"
-        return self.run
-
-    def kill_when_they_hang(self) -> None:
-        """SIGKILL for all as soon as each is where `hang_at` makes it wait."""
-        end, hung = time.monotonic() + 120, [Path(f"{self.meeting}-{i}") for i in range(len(self.processes))]
-        while not all(p.exists() for p in hung) and time.monotonic() < end:
-            if not any(p.is_alive() for p in self.processes):
-                break
-            time.sleep(0.002)
-        self.kill()
-        assert all(p.exists() for p in hung), self.log.read_text()[-2000:]
-
-    def kill(self) -> None:
-        for process in self.processes:
-            process.kill()
-        assert self.wait() == [-signal.SIGKILL] * len(self.processes)
-
-
-def weights(run: RunDir) -> dict[str, Any]:
-    """All that a run's newest checkpoint holds, but the metrics."""
-    found = checkpoint.newest(run.checkpoints)
-    assert found is not None
-    return {key: value for key, value in found.items() if key != "metrics"}
-
-
-def tensors(values: Any, prefix: str = "") -> dict[str, Any]:
-    """Nested values as one level, tensors as arrays."""
-    if isinstance(values, dict | list):
-        pairs = values.items() if isinstance(values, dict) else enumerate(values)
-        return {k: v for key, value in pairs for k, v in tensors(value, f"{prefix}/{key}").items()}
-    return {prefix: values.numpy() if isinstance(values, torch.Tensor) else values}
-
-
-def same_weights(one: RunDir, other: RunDir) -> bool:
-    """To the bit."""
-    a, b = tensors(weights(one)), tensors(weights(other))
-    assert list(a) == list(b)
-    return all(
-        x.tobytes() == b[key].tobytes() if isinstance(x, np.ndarray) else x == b[key] for key, x in a.items()
-    )
-
-
-def series(run: RunDir) -> list[tuple[int, float, dict[str, float]]]:
-    """The journal, without what tells the time."""
-
-    def timed(key: str) -> bool:
-        return key.startswith("time/") or key.endswith("images_per_s")
-
-    records = metrics.read(run.metrics)
-    return [(r.step, r.epoch, {k: v for k, v in r.metrics.items() if not timed(k)}) for r in records]
-
-
-def assert_close(one: RunDir, other: RunDir) -> None:
-    """Weights and metrics within 1e-6, and whatever is counted exactly."""
-    for (n, epoch, a), (m, epoch_b, b) in zip(series(one), series(other), strict=True):
-        assert (n, epoch, list(a)) == (m, epoch_b, list(b))
-        for key in a:
-            assert a[key] == pytest.approx(b[key], abs=1e-6, rel=1e-6), f"{key} at step {n}"
-    found = tensors(weights(other))
-    for key, value in tensors(weights(one)).items():
-        if isinstance(value, np.ndarray) and value.dtype.kind == "f":
-            np.testing.assert_allclose(found[key], value, rtol=1e-6, atol=1e-6, err_msg=key)
-        else:
-            assert found[key] == value, key
+FILE, CHECKPOINT = 3, 12  # how many of them make a file; what an epoch ends with: a file, and a checkpoint
 
 
 # --- kills -------------------------------------------------------------------------------------------------
-
-
-def output(mini: Path, root: Path) -> Out:
-    """An output root with the shards `mini` in it."""
-    (root / "shards").mkdir(parents=True)
-    (root / "shards" / "mini").symlink_to(mini)
-    return Out(root)
 
 
 @pytest.fixture(scope="module")
@@ -270,7 +66,7 @@ def test_a_run_killed_at_every_kind_of_write_ends_as_if_undisturbed(
     """A run that goes on cuts its journal, writes a checkpoint an epoch, then the result."""
     run, left = prepare(out, mini_config(epochs=EPOCHS)), []
     first, second = FILE, FILE + CHECKPOINT  # calls before the first and the second checkpoint of such a run
-    for call in (4, first + 5, first + 9, second + 8, 1, second + 2):
+    for call in (4, first + 5, first + CHECKPOINT, second + 8, 1, second + 2):
         assert Ranks(forks, run, die_at=call).wait() == [-signal.SIGKILL]
         saved = checkpoint.newest(run.checkpoints)
         left.append(saved["step"] // STEPS if saved else 0)
@@ -442,7 +238,10 @@ def test_a_run_trains_alone_and_its_loss_falls(out: Out, mini_config: Any) -> No
     rates = [0.5 * 16 / 256 * 0.5 * (1 + math.cos(math.pi * (3 * n - 3) / 40)) for n in range(1, 15)]
     assert [r["train/lr"] for r in reports] == pytest.approx(rates)
     assert read_json(run.result) == {"epochs": 14, "steps": 42, "metrics": result}
-    assert sorted(p.name for p in run.checkpoints.iterdir()) == ["step-000000039", "step-000000042"]
+    kept = sorted(p.name for p in run.checkpoints.iterdir())
+    assert kept[-2:] == ["step-000000039", "step-000000042"]
+    best = max(reports, key=lambda r: (r["val/top1"], -r["epoch"]))
+    assert kept[0] == f"step-{STEPS * min(int(best['epoch']), 13):09d}"
 
 
 def test_probing_records_what_the_modules_do_and_changes_nothing_else(out: Out, mini_config: Any) -> None:
@@ -473,7 +272,7 @@ def test_a_complete_run_is_not_trained_again(out: Out, mini_config: Any) -> None
 
 def test_a_loss_that_is_not_finite_ends_the_run_before_a_checkpoint(out: Out, mini_config: Any) -> None:
     run = prepare(out, mini_config(lr=1e30))
-    expected = r"train/loss became nan within the 48 samples before step 3; next: a lower optim\.lr"
+    expected = r"not finite: rank 0 at step 2; 1 steps in a row were left out, .*; next: a lower optim\.lr"
     with pytest.raises(FloatingPointError, match=expected):
         train.train(run, lambda _: None)
     assert checkpoint.newest(run.checkpoints) is None
@@ -672,7 +471,3 @@ def test_a_record_that_does_not_fit_on_the_disk_is_an_error(journal: Path) -> No
         resource.setrlimit(resource.RLIMIT_FSIZE, limits)
     assert caught.value.errno == errno.ENOSPC
     assert metrics.read(journal) == records
-
-
-if __name__ == "worker":
-    work(globals()["JOB"])

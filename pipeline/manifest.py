@@ -22,7 +22,7 @@ from numpy.typing import NDArray
 from pipeline.config import InputError, digest
 from pipeline.mapped import mapped_rows
 from pipeline.order import Certificate, certify
-from pipeline.remote import discard, is_url, open_cached, shown
+from pipeline.remote import Unreachable, discard, has_copy, host, is_url, open_cached, shown
 from pipeline.rundir import sync
 
 VERSION = 2
@@ -87,7 +87,7 @@ class _Files:
 
     def __init__(self) -> None:
         self._open: dict[str, Descriptor] = {}
-        self._failed: dict[str, tuple[float, OSError]] = {}  # remote shards: when, why
+        self._failed: dict[str, tuple[float, OSError]] = {}  # remote shards and silent hosts: when, why
         self._lock = threading.Lock()
 
     def pread(self, place: str, shard: Shard, size: int, offset: int) -> bytes:
@@ -117,14 +117,16 @@ class _Files:
             discard(place, shard.bytes, shard.sha256)
 
     def _remote(self, url: str, shard: Shard) -> Descriptor:
-        """A shard's copy. A server that does not answer is not asked again for each sample."""
-        when, error = self._failed.get(url, (-math.inf, OSError()))
-        if time.monotonic() - when < RETRY_S:
-            raise error
+        """A shard's copy. A shard that cannot be had is not asked for again for each sample, nor a silent host."""
+        silent = () if has_copy(url, shard.bytes, shard.sha256) else (host(url),)
+        for place in (url, *silent):
+            when, error = self._failed.get(place, (-math.inf, OSError()))
+            if time.monotonic() - when < RETRY_S:
+                raise error
         try:
             return Descriptor(open_cached(url, shard.bytes, shard.sha256))
         except OSError as error:
-            self._failed[url] = time.monotonic(), error
+            self._failed[host(url) if isinstance(error, Unreachable) else url] = time.monotonic(), error
             raise
 
 

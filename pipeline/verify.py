@@ -27,7 +27,16 @@ from pipeline.manifest import (
     read_manifest,
     read_sample,
 )
-from pipeline.remote import RemoteError, Unreachable, cache_folder, has_copy, host, is_url, open_cached
+from pipeline.remote import (
+    RemoteError,
+    Unreachable,
+    cache_folder,
+    discard,
+    has_copy,
+    host,
+    is_url,
+    open_cached,
+)
 from pipeline.rundir import write_atomic
 
 NOT_THERE = "no picture where the manifest says"
@@ -88,6 +97,8 @@ def _shard_faults(manifest: Manifest, shard: Shard) -> list[str]:
                 fault = "sha256 differs"
             if not fault:
                 return [f"{shard.name}: {f}" for f in _row_faults(file, samples, rows)]
+            if is_url(place):  # the copy here: the next call fetches it
+                discard(place, shard.bytes, shard.sha256)
             damaged = [samples.key(i) for i in rows if not _same_bytes(file, samples, i)]
     except Unreachable:
         raise

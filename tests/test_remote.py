@@ -452,6 +452,44 @@ def test_a_shard_that_cannot_be_had_is_not_asked_for_again_for_each_sample(web: 
     assert web.gets == {"/train-000000.tar": 3}  # the attempts for the first sample
 
 
+def test_a_silent_host_is_not_asked_for_each_shard(
+    web: Web, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """A copy that is here is read all the same."""
+    _, far = far_set(web, tmp_path, {"train": [3] * 4, "val": [2]})
+    samples, asked = far.split("train"), []
+    read_sample(samples, 9)
+    monkeypatch.setattr(
+        remote, "_open_by_fsspec", lambda url: asked.append(url) or (_ for _ in ()).throw(OSError())
+    )
+    monkeypatch.setattr(remote, "_translated", silent)
+    for i in (0, 1, 4, 7):
+        with pytest.raises(ShardError, match="cannot be read: "):
+            read_sample(samples, i)
+    assert len(asked) == 3  # the attempts for the first sample
+    assert len(read_sample(samples, 10)) > 0
+
+
+def silent(url: str, call: Any, *args: Any) -> Any:
+    with suppress(OSError):
+        call(*args)
+    raise remote._Silent("no answer")
+
+
+def test_verify_drops_a_damaged_copy_so_that_the_next_call_fetches_it(
+    web: Web, cache: Path, tmp_path: Path
+) -> None:
+    _, far = far_set(web, tmp_path, {"train": [9], "val": [2]})
+    read_sample(far.split("train"), 0)
+    (copy,) = kept(cache)
+    content = bytearray(copy.read_bytes())
+    content[int(far.split("train").offset[3]) + 40] ^= 1
+    copy.write_bytes(content)
+    (fault,) = verify(far.folder)
+    assert "sha256 differs; damaged pictures: " in fault
+    assert not verify(far.folder)
+
+
 def test_a_copy_damaged_in_the_cache_is_fetched_again(web: Web, cache: Path, tmp_path: Path) -> None:
     local, far = far_set(web, tmp_path, {"train": [9], "val": [2]})
     samples = far.split("train")

@@ -94,7 +94,8 @@ class Mirror:
         self.open.add(run)
 
     def end(self, run: RunDir, status: str) -> None:
-        self.epochs.end(run)
+        if status != "KILLED":
+            self.epochs.end(run)
         if run in self.open:  # else it failed before it started
             self.open.remove(run)
             self.shipper.finish(run, status)

@@ -7,7 +7,7 @@ from collections.abc import Sequence
 from pathlib import Path
 
 import torch
-from torch import Tensor, nn
+from torch import Tensor
 
 from gsa_models import create_model, model_cost, parse_components, parse_placement
 from gsa_models.resnet import ResNet
@@ -52,7 +52,8 @@ def prepare(out: Out, config: Config) -> RunDir:
     run = out.run(f"{config.model.name}-{key[:10]}")
     place = str(manifest.folder.absolute())
     if not run.facts.exists() or read_json(run.facts)["shards"] != place:  # a new run, or moved shards
-        _check_micro_batch(network, config)
+        for size in {config.data.image_size, size_at(config, 0), config.data.eval_size}:
+            _check_micro_batch(at_size(config, size), len(manifest.classes))
         cost = model_cost(network, config.data.image_size)
         run.logs.mkdir(parents=True, exist_ok=True)
         if first:
@@ -211,9 +212,9 @@ def _weights_digest(network: ResNet) -> str:
     return weights_digest(network)
 
 
-def _check_micro_batch(network: nn.Module, config: Config) -> None:
+def _check_micro_batch(config: Config, classes: int) -> None:
     """Refuse a micro-batch of one sample where a map of one pixel leaves batch norm no spread to measure."""
-    side = config.data.image_size
+    side, network = config.data.image_size, build_model(config, classes, device="meta")
     try:
         network(torch.empty(config.optim.micro_batch, 3, side, side, device="meta"))
     except ValueError as error:

@@ -46,14 +46,14 @@ def _terminal(title: str, unit: str) -> Iterator[Update]:
 
 
 def _plain(title: str, unit: str) -> Update:
-    last, first = 0.0, None
+    last, first, ended = 0.0, None, False
 
     def update(done: float, total: int, text: str) -> None:
-        nonlocal last, first
+        nonlocal last, first, ended
         now = time.monotonic()
         first = first or (now, done)  # what an earlier call has done took no time of this one
-        if now - last >= PLAIN_EVERY_S or done == total:
-            last = now
+        if now - last >= PLAIN_EVERY_S or (done == total and not ended):
+            last, ended = now, done == total
             left = _left(now - first[0], done - first[1], total - done)
             words = (f"  {title} {round(done, 2):.10g}/{total} {unit}", left, text)
             print(" ".join(word for word in words if word), file=sys.stderr, flush=True)

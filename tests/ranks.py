@@ -28,8 +28,10 @@ def work(job: dict[str, Any]) -> None:
     sys.stderr = open(job["log"], "a", buffering=1)  # noqa: SIM115
     torch.set_num_threads(1)
     rank, world = job["rank"], job["world"]
-    if world > 1:
-        dist.init_process_group("gloo", init_method=f"file://{job['meeting']}", rank=rank, world_size=world)
+    backend = job.get("backend", "gloo")
+    if world > 1 or backend == "nccl":
+        os.environ["LOCAL_RANK"] = str(rank)
+        dist.init_process_group(backend, init_method=f"file://{job['meeting']}", rank=rank, world_size=world)
     train.LOG_EVERY = job.get("log_every", 1)
     if job.get("double"):
         compute_in_float64()
@@ -53,7 +55,7 @@ def work(job: dict[str, Any]) -> None:
         print(f"Preempted: {stopped}", file=sys.stderr)
         sys.exit(75)
     (run.logs / f"reports-{rank}.json").write_text(json.dumps(reports))
-    if world > 1:
+    if dist.is_initialized():
         dist.destroy_process_group()
 
 

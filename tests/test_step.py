@@ -8,10 +8,11 @@ import numpy as np
 import pytest
 import torch
 from torch import Tensor, nn
+from torch.utils._python_dispatch import TorchDispatchMode
 
 from gsa_models import create_model
 from pipeline.batch_augment import DRAWS
-from pipeline.config import ComputeConfig, Config, OptimConfig
+from pipeline.config import AugmentConfig, ComputeConfig, Config, OptimConfig
 from pipeline.data import Batch, to_device
 from pipeline.faults import Faults
 from pipeline.optim import Ema, optimizer
@@ -239,7 +240,7 @@ SPOILERS = {"loss": spoil_loss, "gradient": spoil_gradient, "statistics": spoil_
     + [("sgd", 1, where, value) for where in SPOILERS for value in (float("nan"), float("inf"))],
 )
 def test_a_step_that_is_not_finite_changes_nothing(name: Any, at: int, where: str, value: float) -> None:
-    """Bit for bit a run without that batch: weights, optimizer, averages, statistics, and the sums."""
+    """Bit for bit a run without that batch: weights, optimizer, averages, statistics, sums."""
     optim = OptimConfig(name=name, ema=0.9, clip_norm=1.0)
     spoiled, clean = (new_state(small_model(), optim, max_skips=9) for _ in range(2))
     for turn in range(4):
@@ -270,7 +271,7 @@ def test_too_many_steps_in_a_row_end_a_run_and_are_named() -> None:
             hook.remove()
         if turn < 5:
             state.faults.check(state.step)
-    expected = "rank 0 at step 1, 2, 4, 5, 6; 3 steps in a row were left out, optim.max_skips allows 2; next: a lower"
+    expected = "rank 0 at step 1, 2, 4, 5, 6; 3 steps in a row were left out, optim.max_skips allows 2; next: "
     with pytest.raises(FloatingPointError, match=expected):
         state.faults.check(state.step)
 
@@ -366,3 +367,37 @@ def test_averages_follow_the_weights_and_the_statistics() -> None:
     for key, value in state.ema.model.state_dict().items():
         if value.is_floating_point():
             torch.testing.assert_close(value, expected[key], msg=lambda m, k=key: f"{k}: {m}")
+
+
+# --- nothing waits -----------------------------------------------------------------------------------------
+
+
+class Waits(TorchDispatchMode):
+    """Notes the operations for whose results the host would wait for a device."""
+
+    NAMES = ("_local_scalar_dense", "is_nonzero", "nonzero", "equal", "masked_select", "_unique2")
+
+    def __init__(self) -> None:
+        super().__init__()
+        self.seen: list[str] = []
+
+    def __torch_dispatch__(self, func: Any, types: Any, args: Any = (), kwargs: Any = None) -> Any:
+        if func.overloadpacket.__name__ in self.NAMES:
+            self.seen.append(str(func))
+        return func(*args, **(kwargs or {}))
+
+
+@pytest.mark.parametrize("name", ["sgd", "adamw", "lamb"])
+def test_a_step_asks_the_device_nothing(name: Any) -> None:
+    """On a CPU no question is seen by its time, but each is an operation."""
+    optim = OptimConfig(name=name, ema=0.9, clip_norm=1.0, loss="bce")
+    augment = AugmentConfig(mixup=0.2, cutmix=1.0, erase=0.5, policy="randaugment", color_jitter=0.3)
+    config = Config(optim=optim, augment=augment, compute=ComputeConfig(precision="fp16"))
+    state = new_state(small_model(drop_path=0.2), optim, fp16=True)
+    with Waits() as waits:
+        for turn in range(2):
+            train_step(state, batches(2, seed=turn), config, first=0, lr=0.1, classes=3)
+    assert not waits.seen
+    with Waits() as waits:
+        state.faults.check(state.step)  # as this does, which is asked between two steps
+    assert waits.seen

@@ -1,0 +1,74 @@
+"""The largest micro-batch that a device holds: found by steps on noise, before any training."""
+
+import gc
+
+import numpy as np
+import torch
+import torch.distributed as dist
+
+from pipeline.batch_augment import DRAWS
+from pipeline.config import Config, ConfigError
+from pipeline.data import Batch
+from pipeline.faults import Faults
+from pipeline.manifest import Manifest
+from pipeline.optim import Ema, optimizer
+from pipeline.plan import at_size, build_model
+from pipeline.step import TrainState, train_step
+
+MOST = 1024  # samples a forward pass: beyond, nothing is gained
+
+
+def with_micro_batch(config: Config, size: int) -> Config:
+    """The same for micro-batches of that size; optim.global_batch stays."""
+    optim = config.optim.model_copy(update={"micro_batch": size})
+    return config.model_copy(update={"optim": optim})
+
+
+def fitted(config: Config, manifest: Manifest, *, world: int, device: torch.device) -> Config:
+    """The config with the largest micro-batch that fits on every rank of this process's group."""
+    size = torch.tensor(largest_micro_batch(config, len(manifest.classes), world=world, device=device))
+    if dist.is_initialized():
+        size = size.to(device)
+        dist.all_reduce(size, dist.ReduceOp.MIN)
+    return with_micro_batch(config, int(size))
+
+
+def largest_micro_batch(config: Config, classes: int, *, world: int, device: torch.device) -> int:
+    """The largest one with which steps go through on `device`, at most 1024; it shares the global batch equally.
+
+    Batch norm sees micro-batches, so results depend on it: it is found once, then stated in the config.
+    Raises ConfigError: not even two samples fit.
+    """
+    share = config.optim.global_batch // world
+    best = 0
+    for size in (n for n in range(2, min(share, MOST) + 1) if share % n == 0):
+        try:
+            _steps(with_micro_batch(config, size), classes, device)
+        except torch.OutOfMemoryError:
+            break
+        finally:
+            gc.collect()
+            torch.cuda.empty_cache()
+        best = size
+    if not best:
+        raise ConfigError(
+            f"not even a micro-batch of two pictures of {config.data.image_size} pixels fits into the memory of "
+            f"{device}; next: a smaller data.image_size or model.name"
+        )
+    return best
+
+
+def _steps(config: Config, classes: int, device: torch.device) -> None:
+    """Two steps of two micro-batches: the second finds the optimizer's state and a gradient to add to."""
+    model = build_model(at_size(config, config.data.image_size), classes)
+    model = model.to(device, memory_format=torch.channels_last)  # type: ignore[call-overload]
+    replica = torch.compile(model) if config.compute.compile else model
+    faults = Faults(device, fp16=config.compute.precision == "fp16", max_skips=2)
+    ema = Ema(model, config.optim.ema) if config.optim.ema else None
+    state = TrainState(model, replica, optimizer(model, config.optim), device, faults, ema)  # type: ignore[arg-type]
+    size, side = config.optim.micro_batch, config.data.image_size
+    images = torch.randint(0, 256, (size, side, side, 3), dtype=torch.uint8)
+    batch = Batch(images, torch.arange(size) % classes, np.arange(size), torch.rand(size, DRAWS))
+    for _ in range(2):
+        train_step(state, [batch, batch], config, first=0, lr=0.0, classes=classes)
+    state.sums.tolist()  # what a device lacks it says when it comes to it

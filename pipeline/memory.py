@@ -4,16 +4,13 @@ import gc
 
 import numpy as np
 import torch
-import torch.distributed as dist
 
 from pipeline.batch_augment import DRAWS
 from pipeline.config import Config, ConfigError
 from pipeline.data import Batch
-from pipeline.faults import Faults
 from pipeline.manifest import Manifest
-from pipeline.optim import Ema, optimizer
-from pipeline.plan import at_size, build_model
-from pipeline.step import TrainState, train_step
+from pipeline.plan import build_model
+from pipeline.step import new_state, train_step
 
 MOST = 1024  # samples a forward pass: beyond, nothing is gained
 
@@ -25,12 +22,10 @@ def with_micro_batch(config: Config, size: int) -> Config:
 
 
 def fitted(config: Config, manifest: Manifest, *, world: int, device: torch.device) -> Config:
-    """The config with the largest micro-batch that fits on every rank of this process's group."""
-    size = torch.tensor(largest_micro_batch(config, len(manifest.classes), world=world, device=device))
-    if dist.is_initialized():
-        size = size.to(device)
-        dist.all_reduce(size, dist.ReduceOp.MIN)
-    return with_micro_batch(config, int(size))
+    """The config with the largest micro-batch that this device holds. Not within a process group: who runs out
+    of memory would leave the others waiting."""
+    size = largest_micro_batch(config, len(manifest.classes), world=world, device=device)
+    return with_micro_batch(config, size)
 
 
 def largest_micro_batch(config: Config, classes: int, *, world: int, device: torch.device) -> int:
@@ -60,12 +55,7 @@ def largest_micro_batch(config: Config, classes: int, *, world: int, device: tor
 
 def _steps(config: Config, classes: int, device: torch.device) -> None:
     """Two steps of two micro-batches: the second finds the optimizer's state and a gradient to add to."""
-    model = build_model(at_size(config, config.data.image_size), classes)
-    model = model.to(device, memory_format=torch.channels_last)  # type: ignore[call-overload]
-    replica = torch.compile(model) if config.compute.compile else model
-    faults = Faults(device, fp16=config.compute.precision == "fp16", max_skips=2)
-    ema = Ema(model, config.optim.ema) if config.optim.ema else None
-    state = TrainState(model, replica, optimizer(model, config.optim), device, faults, ema)  # type: ignore[arg-type]
+    state = new_state(build_model(config, classes), config, device)
     size, side = config.optim.micro_batch, config.data.image_size
     images = torch.randint(0, 256, (size, side, side, 3), dtype=torch.uint8)
     batch = Batch(images, torch.arange(size) % classes, np.arange(size), torch.rand(size, DRAWS))

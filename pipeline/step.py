@@ -3,6 +3,7 @@
 from collections.abc import Callable, Iterator, Sequence
 from contextlib import contextmanager, nullcontext
 from dataclasses import dataclass, field
+from typing import Any
 
 import numpy as np
 import torch
@@ -15,7 +16,7 @@ from pipeline.batch_augment import augment_batch
 from pipeline.config import ComputeConfig, Config, OptimConfig
 from pipeline.data import Batch
 from pipeline.faults import Faults
-from pipeline.optim import Ema, masked_step
+from pipeline.optim import Ema, masked_step, optimizer
 
 HALVES = {"bf16": torch.bfloat16, "fp16": torch.float16}
 PRESENT = 0.2  # share of a class in a mixed picture from which on bce takes it for there (timm)
@@ -38,6 +39,21 @@ class TrainState:
 
     def __post_init__(self) -> None:
         self.sums = torch.zeros(len(SUMS), device=self.device, dtype=torch.float64)
+
+
+def new_state(model: nn.Module, config: Config, device: torch.device) -> TrainState:
+    """All that a step needs, for a network with its first weights; over all ranks of the process group, if any."""
+    model = model.to(device, memory_format=torch.channels_last)  # type: ignore[call-overload]
+    if config.compute.sync_bn and dist.is_initialized():
+        model = nn.SyncBatchNorm.convert_sync_batchnorm(model)  # type: ignore[no-untyped-call]
+    ema = Ema(model, config.optim.ema) if config.optim.ema else None
+    faults = Faults(device, fp16=config.compute.precision == "fp16", max_skips=config.optim.max_skips)
+    replica: Any = torch.compile(model) if config.compute.compile else model
+    if dist.is_initialized():  # broadcast_buffers: our step keeps the running statistics equal
+        ids = [device.index] if device.type == "cuda" else None
+        replica = DistributedDataParallel(replica, device_ids=ids, broadcast_buffers=False)
+        faults.watch(replica)
+    return TrainState(model, replica, optimizer(model, config.optim), device, faults, ema)
 
 
 def train_step(

@@ -1,14 +1,10 @@
 """train(run, report): builds all once, then the loop. Knows neither Ray nor Slurm nor MLflow."""
 
-import argparse
 import logging
 import os
-import signal
-import sys
 import time
 from collections import Counter
 from collections.abc import Callable, Iterator
-from contextlib import nullcontext
 from functools import partial
 from itertools import islice
 from pathlib import Path
@@ -17,21 +13,20 @@ from typing import Any, NamedTuple, TypeVar
 import torch
 import torch.distributed as dist
 from torch import Tensor, nn
-from torch.nn.parallel import DistributedDataParallel
 
 from gsa_models import probe
 from gsa_models.resolution import resize_positions, resized_table
 from pipeline import checkpoint, data, metrics, order
 from pipeline.batch_augment import DRAWS
-from pipeline.config import Config, ConfigError, InputError, Preempted, load
+from pipeline.config import Config, ConfigError, InputError, Preempted
 from pipeline.evaluate import Evaluation, evaluate
-from pipeline.faults import CALMER, Faults
+from pipeline.faults import CALMER
 from pipeline.manifest import Manifest, Samples, ShardError
-from pipeline.optim import Ema, lr_at, optimizer, peak_lr
-from pipeline.plan import at_size, build_model, first_weights, prepare, read_run, size_at, train_samples
+from pipeline.optim import lr_at, peak_lr
+from pipeline.plan import at_size, build_model, first_weights, read_run, size_at, train_samples
 from pipeline.profiling import Trace
-from pipeline.rundir import Out, RunDir, hold, read_json, sync, write_json
-from pipeline.step import SUMS, TrainState, train_step, world_sums
+from pipeline.rundir import RunDir, read_json, sync, write_json
+from pipeline.step import SUMS, new_state, train_step, world_sums
 from pipeline.stream import stream_loader
 
 log = logging.getLogger("gsa")
@@ -140,21 +135,8 @@ class _Loop:
 
     def _build(self, size: int) -> None:
         """The network for pictures of `size` pixels, and all that goes with it, as at the start."""
-        compute, optim, (_, world, device) = self.config.compute, self.config.optim, self.place
-        self.size = size
-        self.sized = at_size(self.config, size)
-        model: nn.Module = build_model(self.sized, self.classes)
-        model = model.to(device, memory_format=torch.channels_last)  # type: ignore[call-overload]
-        if compute.sync_bn and world > 1:
-            model = nn.SyncBatchNorm.convert_sync_batchnorm(model)  # type: ignore[no-untyped-call]
-        ema = Ema(model, optim.ema) if optim.ema else None
-        faults = Faults(device, fp16=compute.precision == "fp16", max_skips=optim.max_skips)
-        replica: Any = torch.compile(model) if compute.compile else model
-        if world > 1:  # broadcast_buffers: our step keeps the running statistics equal
-            ids = [device.index] if device.type == "cuda" else None
-            replica = DistributedDataParallel(replica, device_ids=ids, broadcast_buffers=False)
-            faults.watch(replica)
-        self.state = TrainState(model, replica, optimizer(model, optim), device, faults, ema)
+        self.size, self.sized = size, at_size(self.config, size)
+        self.state = new_state(build_model(self.sized, self.classes), self.config, self.place.device)
 
     def _saved(self) -> dict[str, Any]:
         """What a checkpoint holds. The schedule, the random numbers and the data are functions of the step."""
@@ -494,51 +476,7 @@ def _from_all_ranks(value: T, place: Place) -> list[T]:
     return values
 
 
-def main() -> None:
-    """Train a recipe without Ray: alone, or by `torchrun --nproc-per-node N -m pipeline.train RECIPE`."""
-    parser = argparse.ArgumentParser(prog="python -m pipeline.train", description=main.__doc__)
-    parser.add_argument("recipe", help="a shipped recipe, or the path of a .yaml file")
-    parser.add_argument("overrides", nargs="*", metavar="FIELD=VALUE", help="changes, e.g. optim.lr=0.1")
-    parser.add_argument(
-        "--out", type=Path, default=Path(os.environ.get("GSA_OUT", "out")), help="root of all output"
-    )
-    parser.add_argument("--threads", type=int, default=1, help="that read, beside the one that trains")
-    parser.add_argument("--save-minutes", type=float, default=SAVE_EVERY_S / 60, help="between checkpoints")
-    parser.add_argument("--profile", type=int, default=0, metavar="STEPS", help="to trace, into profile/")
-    options, asked = parser.parse_args(), []
-    for number in (signal.SIGTERM, signal.SIGUSR2):
-        signal.signal(number, lambda *_: asked.append(True))
-    if "WORLD_SIZE" in os.environ:
-        dist.init_process_group("nccl" if torch.cuda.is_available() else "gloo")
-    rank = dist.get_rank() if dist.is_initialized() else 0
-    logging.basicConfig(level=logging.INFO if rank == 0 else logging.ERROR, format="%(asctime)s %(message)s")
-    try:
-        config = load(Config, "train", options.recipe, options.overrides)
-        run = prepare(Out(options.out.absolute()), config)  # the same on every rank
-        with hold(run.lock, f"run {run.name}") if rank == 0 else nullcontext():
-            seconds, stop = 60 * options.save_minutes, lambda: bool(asked)
-            train(
-                run,
-                lambda _: None,
-                loader_threads=options.threads,
-                save_every_s=seconds,
-                stop=stop,
-                profile=options.profile,
-            )
-        print(f"run {run.name}: {run.path}") if rank == 0 else None
-    except InputError as error:
-        sys.exit(_said(f"gsa: {error}", 2))
-    except Preempted as error:
-        sys.exit(_said(f"gsa: {error}; the same command continues", 75))
-    finally:
-        if dist.is_initialized():
-            dist.destroy_process_group()
-
-
-def _said(text: str, code: int) -> int:
-    print(text, file=sys.stderr)
-    return code
-
-
 if __name__ == "__main__":
+    from pipeline.alone import main
+
     main()

@@ -12,8 +12,7 @@ from typing import Annotated, Any
 
 import typer
 
-from pipeline.config import InputError, Preempted
-from pipeline.ray_train import TrainingFailed
+from pipeline.config import InputError, Preempted, TrainingFailed
 
 app = typer.Typer(
     name="gsa",
@@ -258,6 +257,9 @@ def train(
     cpus_per_worker: Cpus = 1,
     gpus_per_worker: Gpus = 0,
     save_minutes: Annotated[float, typer.Option(help="Between checkpoints within an epoch.")] = 10.0,
+    find_micro_batch: Annotated[
+        bool, typer.Option("--find-micro-batch", help="Try out first which is the largest that a GPU holds.")
+    ] = False,
     profile: Annotated[
         int, typer.Option(metavar="STEPS", min=0, help="Steps of which each worker writes a trace.")
     ] = 0,
@@ -275,25 +277,27 @@ def train(
     SIGTERM or SIGUSR2: a checkpoint at the next step, then exit code 75. With --chaos exit code 1 if the
     weights or the metrics differ from those of an undisturbed run, which is trained after it.
     """
+    from pipeline import verbs
     from pipeline.chaos import mtbf
     from pipeline.config import Config, load
     from pipeline.metrics import read
     from pipeline.plan import prepare
     from pipeline.rundir import read_json
-    from pipeline.verbs import torment
-    from pipeline.verbs import train as train_run
 
     where, config = _out(out), load(Config, "train", recipe, overrides or [])
     resources = _resources(
         workers, cpus_per_worker, gpus_per_worker, save_minutes=save_minutes, profile=profile
     )
+    if find_micro_batch:
+        config = verbs.find_micro_batch(where, config, resources)
+        print(f"found optim.micro_batch={config.optim.micro_batch}")
     resources.check(config)
     kill_every_s = None if chaos is None else mtbf(chaos)
     run = prepare(where, config)
     if kill_every_s:
-        _print_verdict(torment(where, run, resources, kill_every_s), run)
+        _print_verdict(verbs.torment(where, run, resources, kill_every_s), run)
         return
-    ran = train_run(where, run, resources)
+    ran = verbs.train(where, run, resources)
     metrics = read_json(run.result)["metrics"]
     print(f"run {run.name}{'' if ran else ' (complete already, reused)'}: {run.path}")
     print(f"val top-1 {metrics['val/top1']:.2f} % of {metrics['val/count']:.0f} samples")
@@ -527,9 +531,10 @@ def _check_figures(as_json: bool) -> None:
 
 def _print_verdict(verdict: Any, run: Any) -> None:
     """What chaos did; exit code 1 if it changed anything, or if there was none."""
-    each = f", {verdict.lost_s / verdict.kills:.0f} s each" if verdict.kills else ""
+    n, lost = verdict.kills, verdict.lost_s
+    each = f", {lost / n:.0f} s each" if n > 1 else ""
     print(f"run {run.name}: {run.path}")
-    print(f"chaos: {verdict.kills} kills, {verdict.lost_s:.0f} s longer than the undisturbed run{each}")
+    print(f"chaos: {n} kill{'' if n == 1 else 's'}, {lost:.0f} s longer than the undisturbed run{each}")
     if not verdict.kills:
         print("nothing was killed, so nothing is proven; next: a shorter mtbf, and another --out")
     else:

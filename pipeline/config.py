@@ -14,6 +14,7 @@ from pydantic import BaseModel, ConfigDict, Field, ValidationError, model_valida
 
 RECIPE_KINDS = ("train", "sweep", "workflow")
 MAX_YAML_BYTES = 1_000_000
+HANG_S = 600  # of a rank that others wait for
 
 
 class InputError(ValueError):
@@ -26,6 +27,10 @@ class ConfigError(InputError):
 
 class Preempted(Exception):
     """Asked to stop, a run has saved a checkpoint and ended: the same command goes on. Exit code 75."""
+
+
+class TrainingFailed(Exception):
+    """Restarts did not help: its text says who died how often, where the log is, and what to do."""
 
 
 class Section(BaseModel):

@@ -3,6 +3,7 @@
 import contextlib
 import logging
 import os
+import re
 import secrets
 import shutil
 import socket
@@ -15,23 +16,31 @@ from pathlib import Path
 
 import psutil
 
+from pipeline.config import InputError
+
 TEMPORARY = "gsa-ray-"  # short: unix socket paths hold 107 bytes
+JOIN_S = 10.0  # for the head of others to answer
 GRACE_S = 5.0  # for Ray's processes to end by themselves
 
 _TOKEN = secrets.token_hex(32)  # of this process: Ray reads it once, so later sessions have to use it too
 
-# What Ray's processes inherit. A second Ray on the host must not be taken for ours (RAY_ADDRESS,
-# RAY_TMPDIR), and nobody on the network or on the host may use ours without the token.
-_ENVIRONMENT = {
-    "RAY_AUTH_MODE": "token",
-    "RAY_ENABLE_WINDOWS_OR_OSX_CLUSTER": "0",  # Ray's own switch for 127.0.0.1 instead of the host's address
-    "RAY_USAGE_STATS_ENABLED": "0",
+# How we use Train and Tune, on any cluster; what the user has set otherwise stays.
+_USE = {
     "RAY_CHDIR_TO_TRIAL_DIR": "0",
     "RAY_TRAIN_HEALTH_CHECK_INTERVAL_S": "0.5",  # a report waits for the next check
-    "RAY_TRAIN_WORKER_HEALTH_CHECK_TIMEOUT_S": "60",  # 600 by default: too long for a frozen worker
+    "RAY_TRAIN_WORKER_HEALTH_CHECK_TIMEOUT_S": "30",  # 600 by default: too long for a frozen worker
+    "TORCH_PROCESS_GROUP_SHUTDOWN_TIMEOUT_S": "5",  # 30 by default: a frozen worker never answers
     "TUNE_DISABLE_AUTO_CALLBACK_LOGGERS": "1",
     "TUNE_DISABLE_SIGINT_HANDLER": "1",  # Tune would end the sweep at Ctrl-C as if it were complete
     "RAY_AIR_NEW_OUTPUT": "0",  # the new one prints a banner whatever `verbose` says
+}
+# What the processes of our own Ray inherit. A second Ray on the host must not be taken for ours (RAY_ADDRESS,
+# RAY_TMPDIR), and nobody on the network or on the host may use ours without the token.
+_PRIVATE = {
+    "RAY_AUTH_MODE": "token",
+    "RAY_ENABLE_WINDOWS_OR_OSX_CLUSTER": "0",  # Ray's own switch for 127.0.0.1 instead of the host's address
+    "RAY_USAGE_STATS_ENABLED": "0",
+    "RAY_worker_niceness": "0",  # 15 by default: beside other work a worker would hardly run
     "RAY_ACCEL_ENV_VAR_OVERRIDE_ON_ZERO": "0",
 }
 
@@ -41,19 +50,14 @@ def session(*, cpus: int) -> Iterator[None]:
     """Ray for as long as the block runs, with `cpus` logical CPUs: the cluster at $RAY_ADDRESS, else our own.
 
     Our own listens on loopback only, asks for a token, and lies in a private folder that goes with it.
-    Inside of another session it is that one.
+    Inside of another session it is that one. Raises InputError: no Ray answers there, or refuses us.
     """
     if "ray" in sys.modules and sys.modules["ray"].is_initialized():
         yield
         return
-    if os.environ.get("RAY_ADDRESS"):
-        import ray
-
-        ray.init(log_to_driver=False, logging_level=logging.ERROR)
-        try:
+    if address := os.environ.get("RAY_ADDRESS"):
+        with _joined(address):
             yield
-        finally:
-            ray.shutdown()
         return
     folder = Path(tempfile.mkdtemp(prefix=TEMPORARY))
     with _reaper(folder), _environment(_private_environment(folder)):
@@ -75,6 +79,42 @@ def session(*, cpus: int) -> Iterator[None]:
             ray.shutdown()
 
 
+@contextlib.contextmanager
+def _joined(address: str) -> Iterator[None]:
+    """The cluster of others, at HOST:PORT of its head, with the token of $RAY_AUTH_TOKEN or its _PATH."""
+    host, _, port = address.rpartition(":")
+    if not re.fullmatch(r"[^/]+:[0-9]{1,5}", address):
+        raise InputError(
+            f"RAY_ADDRESS={address}: expected HOST:PORT of a head; next: run on a node of that cluster"
+        )
+    use = _use()
+    # Its processes inherit the environment of whoever started it: each worker of ours gets these by itself.
+    # The address with them: Ray's clean-up would else ask whichever Ray it finds on its host, and hear that
+    # our run is dead.
+    settings = {"env_vars": {**use, "RAY_ADDRESS": address}}
+    token = {"RAY_AUTH_TOKEN", "RAY_AUTH_TOKEN_PATH"} & set(os.environ)
+    with _environment({**use, **({"RAY_AUTH_MODE": "token"} if token else {})}):
+        import ray  # not before: it reads the environment once
+
+        try:
+            socket.create_connection((host, int(port)), JOIN_S).close()  # Ray would try for minutes
+            ray.init(log_to_driver=False, logging_level=logging.ERROR, runtime_env=settings)
+        except (OSError, RuntimeError, ValueError, ray.exceptions.RayError) as error:
+            raise InputError(
+                f"RAY_ADDRESS={address}: cannot join that Ray: {str(error).strip().splitlines()[0]}; next: the "
+                "address of a running head, RAY_AUTH_TOKEN_PATH=FILE if it asks for a token, the same Ray on "
+                "all nodes, and this command on one of them; or no RAY_ADDRESS, for a Ray of our own"
+            ) from None
+        try:
+            yield
+        finally:
+            ray.shutdown()
+
+
+def _use() -> dict[str, str]:
+    return {name: os.environ.get(name, value) for name, value in _USE.items()}
+
+
 def _private_environment(folder: Path) -> dict[str, str]:
     token = folder / "token"
     descriptor = os.open(token, os.O_WRONLY | os.O_CREAT | os.O_EXCL, 0o600)
@@ -82,7 +122,8 @@ def _private_environment(folder: Path) -> dict[str, str]:
         file.write(_TOKEN)
     port = _free_port()
     return {
-        **_ENVIRONMENT,
+        **_use(),
+        **_PRIVATE,
         "RAY_AUTH_TOKEN_PATH": str(token),
         "RAY_TMPDIR": str(folder),
         "RAY_GCS_SERVER_PORT": str(port),

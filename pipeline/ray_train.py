@@ -16,21 +16,19 @@ from collections.abc import Callable, Iterator, Sequence
 from pathlib import Path
 from typing import Any
 
-from pipeline.config import InputError, Preempted, Resources
+from pipeline.config import HANG_S, Config, InputError, Preempted, Resources, TrainingFailed
+from pipeline.manifest import Manifest
 from pipeline.rundir import RunDir, hold, read_json
 
 RESTARTS = 3  # of the workers, after the death of one, without a newer checkpoint in between
 PLACINGS = 30  # times a minute without room for the workers: a node that is lost may come back
-HANG_S = 600  # of a rank that others wait for
 RESIZE_EVERY_S = 60.0  # of an elastic run: a look whether there is room for more workers
 STOPPED = "stopped"
 ASK_EVERY_S = 0.5  # whether the run shall stop: a look at a file, which may be on another machine
 
+BROKEN = re.compile("gloo|nccl|connection", re.IGNORECASE)  # in what a rank says whose partner has died
+
 log = logging.getLogger("gsa")
-
-
-class TrainingFailed(Exception):
-    """Restarts did not help: its text says who died how often, where the log is, and what to do."""
 
 
 def fit(
@@ -68,7 +66,7 @@ def fit(
                 "profile": resources.profile,
                 "chaos_s": chaos_s,
             },
-            scaling_config=ScalingConfig(
+            scaling_config=ScalingConfig(  # type: ignore[call-arg]
                 num_workers=low if low == high else (low, high),  # type: ignore[arg-type]
                 use_gpu=gpus > 0,
                 resources_per_worker=per_worker,
@@ -77,12 +75,12 @@ def fit(
             run_config=RunConfig(
                 name=name,
                 storage_path=str(storage),
-                failure_config=FailureConfig(
+                failure_config=FailureConfig(  # type: ignore[call-arg]
                     max_failures=-1 if chaos_s else RESTARTS,
                     max_preemption_failures=-1,
                     controller_failure_limit=PLACINGS,
                 ),
-                callbacks=[*callbacks, _death_log(run)],
+                callbacks=[*callbacks, _death_log(run, HANG_S)],
             ),
             torch_config=TorchConfig(backend="nccl" if gpus else "gloo", timeout_s=HANG_S),
         )
@@ -99,6 +97,24 @@ def fit(
         kind, said = ended
         raise (Preempted if kind == STOPPED else InputError)(f"run {run.name}: {said}")
     return dict(read_json(run.result)["metrics"])
+
+
+def fit_micro_batch(config: Config, manifest: Manifest, resources: Resources) -> Config:
+    """The config with the largest micro-batch that fits, tried out on one GPU. Needs `ray_session.session`."""
+    import ray
+    import torch
+
+    from pipeline.memory import fitted
+
+    if not resources.gpus_per_worker:
+        raise InputError(
+            "a micro-batch is found on a GPU; next: --gpus-per-worker 1, or state optim.micro_batch"
+        )
+    check_room(resources)
+    on_gpu: Any = ray.remote(num_gpus=resources.gpus_per_worker, num_cpus=resources.cpus_per_worker)
+    world, device = resources.span[1], torch.device("cuda")
+    found: Config = ray.get(on_gpu(fitted).remote(config, manifest, world=world, device=device))
+    return found
 
 
 def loader_threads(resources: Resources) -> int:
@@ -181,7 +197,7 @@ def _deaths(run: RunDir) -> list[dict[str, Any]]:
     return [json.loads(line) for line in path.read_text().splitlines()] if path.exists() else []
 
 
-def _death_log(run: RunDir) -> Any:
+def _death_log(run: RunDir, hang_s: int) -> Any:
     """What Ray's controller calls when workers have died: it writes down who, where, and why."""
     from ray.train import UserCallback
 
@@ -191,35 +207,34 @@ def _death_log(run: RunDir) -> Any:
                 if mendable := _mendable_one(error):
                     raise mendable  # no restart mends it: this ends the run at once
             with open(run.logs / "deaths.jsonl", "a") as file:
-                for death in _blamed(run, worker_exceptions):
+                for death in _blamed(run, worker_exceptions, hang_s):
                     file.write(json.dumps({"time": time.time(), **death}) + "\n")
 
     return DeathLog()
 
 
-def _blamed(run: RunDir, errors: dict[int, Any]) -> list[dict[str, Any]]:
-    """Rank, node and cause of each death. One death ends the others' calls too: those are not told."""
-    places = {rank: _place(run, rank) for rank in range(max(_place(run, min(errors))[1], max(errors) + 1))}
+def _blamed(run: RunDir, errors: dict[int, Any], hang_s: int) -> list[dict[str, Any]]:
+    """Rank, node and cause of each death. One death breaks the others' calls too: those are not told."""
+    world = max(_place(run, min(errors))[1], max(errors) + 1)
     causes = {rank: _cause(error) for rank, error in errors.items()}
-    silent = [rank for rank in places if rank not in errors]
     dead = [rank for rank, error in errors.items() if "HealthCheck" in type(error).__name__]
-    if not dead and silent and any("timed out" in str(error).lower() for error in errors.values()):
-        dead = silent
-        causes = dict.fromkeys(silent, f"it hung: the others waited {HANG_S} s for it")
-    return [{"rank": r, "node": places[r][0], "cause": causes[r]} for r in dead or errors]
+    dead = dead or [rank for rank, error in errors.items() if not BROKEN.search(str(error))]
+    if not dead:  # all that are heard of were broken off by another
+        dead = [rank for rank in range(world) if rank not in errors]
+        hung = any("timed out" in str(error).lower() for error in errors.values())
+        cause = f"it hung: the others waited {hang_s} s for it" if hung else "the others lost it: it died"
+        causes |= dict.fromkeys(dead, cause)
+    return [{"rank": r, "node": _place(run, r)[0], "cause": causes[r]} for r in dead or errors]
 
 
 def _cause(error: Any) -> str:
-    text, name = str(error), type(error).__name__
+    text, name = str(error).strip(), type(error).__name__
     if name == "WorkerHealthCheckTimeoutError":
         return "it did not answer: frozen, or cut off from the network"
     if name == "WorkerHealthCheckFailedError":
-        if "node" in text and "died" in text and re.search(r"node (has )?died|its node|died.*node", text):
-            return "its node died"
-        return "its process ended: killed, out of memory, or crashed"
-    cause = getattr(error, "cause", error)
-    lines = str(cause).strip().splitlines()
-    return f"{type(cause).__name__}: {lines[-1] if lines else ''}"
+        node = re.search(r"node (has )?died|node.*(was|is) (dead|terminated)", text)
+        return "its node died" if node else "its process died: killed, out of memory, or crashed"
+    return f"{name}: {text.splitlines()[0][:200] if text else ''}"
 
 
 def _place(run: RunDir, rank: int) -> tuple[str, int]:
@@ -280,7 +295,8 @@ def _work(settings: dict[str, Any]) -> tuple[str, str] | None:
     from pipeline.train import TooManyBad, train
 
     run, context = RunDir(Path(settings["run"])), ray.train.get_context()
-    rank, asked, node = context.get_world_rank(), time.monotonic(), ray.util.get_node_ip_address()
+    rank, asked = context.get_world_rank(), time.monotonic()
+    node = ray.util.get_node_ip_address()  # type: ignore[no-untyped-call]
     if not run.facts.exists():
         raise InputError(f"{run.path} is not there on node {node}; next: --out on a file system of all nodes")
 
@@ -301,7 +317,8 @@ def _work(settings: dict[str, Any]) -> tuple[str, str] | None:
         "worker rank=%d world=%d node=%s pid=%d",
         *(rank, context.get_world_size(), node, os.getpid()),
     )
-    faulthandler.enable(handler.stream)
+    assert handler.stream
+    faulthandler.enable(handler.stream)  # a crash in C leaves its stack there
     if settings["chaos_s"]:
         from pipeline.chaos import die_at_random
 

@@ -5,6 +5,7 @@ import os
 import time
 from collections import Counter
 from collections.abc import Callable, Iterator
+from datetime import timedelta
 from functools import partial
 from itertools import islice
 from pathlib import Path
@@ -18,7 +19,7 @@ from gsa_models import probe
 from gsa_models.resolution import resize_positions, resized_table
 from pipeline import checkpoint, data, metrics, order
 from pipeline.batch_augment import DRAWS
-from pipeline.config import Config, ConfigError, InputError, Preempted
+from pipeline.config import HANG_S, Config, ConfigError, InputError, Preempted
 from pipeline.evaluate import Evaluation, evaluate
 from pipeline.faults import CALMER
 from pipeline.manifest import Manifest, Samples, ShardError
@@ -375,7 +376,9 @@ class _Wishes:
 
     def __init__(self, place: Place, stop: Callable[[], bool], save_every_s: float) -> None:
         self.place, self.stop, self.every = place, stop, save_every_s
-        self.group = dist.new_group(backend="gloo") if place.world > 1 else None  # the devices are not asked
+        # The devices are not asked. Without a time of its own it would wait half an hour for a rank that hangs.
+        hang = timedelta(seconds=HANG_S)
+        self.group = dist.new_group(backend="gloo", timeout=hang) if place.world > 1 else None
         self.saved, self.asked = time.monotonic(), (torch.zeros(2, dtype=torch.int32), None)
 
     def granted(self) -> tuple[bool, bool]:

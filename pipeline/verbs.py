@@ -21,7 +21,7 @@ from pipeline.pictures import ShardsConfig
 from pipeline.plan import check_cache, load_trained, read_run
 from pipeline.progress import Update, bar
 from pipeline.ray_session import session
-from pipeline.ray_train import fit
+from pipeline.ray_train import fit, fit_micro_batch
 from pipeline.rundir import Out, RunDir, hold, read_json, write_atomic
 from pipeline.shards import Built, build
 from pipeline.sweep import Outcome, Sweep, best, ended_trials, trials
@@ -56,6 +56,13 @@ def train(out: Out, run: RunDir, resources: Resources, *, tags: dict[str, str] |
     with _under_ray(out, run, resources, tags or {}):
         fit(run, resources)
     return True
+
+
+def find_micro_batch(out: Out, config: Config, resources: Resources) -> Config:
+    """The config with the largest micro-batch that a worker's GPU holds: tried out on one of the cluster."""
+    manifest = read_manifest(out.shards(config.data.shards))
+    with session(cpus=_cpus(resources, 1)):
+        return fit_micro_batch(config, manifest, resources)
 
 
 def torment(out: Out, run: RunDir, resources: Resources, mtbf_s: float) -> chaos.Verdict:

@@ -13,17 +13,19 @@ import urllib.error
 import urllib.request
 from collections.abc import Iterator
 from pathlib import Path
+from types import SimpleNamespace
+from typing import Any
 
 import psutil
 import pytest
 
-from pipeline import checkpoint
-from pipeline.config import InputError, Resources
+from pipeline import checkpoint, ray_train
+from pipeline.config import InputError, Resources, TrainingFailed
 from pipeline.manifest import read_manifest
 from pipeline.plan import prepare
 from pipeline.ray_session import session
 from pipeline.ray_train import fit, loader_threads
-from pipeline.rundir import Out, hold, read_json, write_json
+from pipeline.rundir import Out, RunDir, hold, read_json, write_json
 from pipeline.sweep import Asha, Outcome, Sweep, ended_trials, trials
 from pipeline.tune import epoch_records, search
 
@@ -171,6 +173,92 @@ sys.exit(1)
 """
 
 
+def test_a_fault_that_no_restart_mends_ends_the_run_at_once(ray: None, out: Out, mini_config) -> None:
+    run = prepare(out, mini_config(seed=17))
+    run.checkpoints.write_text("not a folder")
+    with pytest.raises(InputError, match=r"checkpoints: cannot be read: .*Not a directory"):
+        fit(run, TWO)
+    assert (run.logs / "rank0.log").read_text().count("worker rank=0") == 1
+
+
+def test_a_run_that_fails_again_and_again_is_told_in_one_message(
+    ray: None, out: Out, mini_config, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """Who failed how often, where the log is, what to do; and the log has the traceback."""
+    monkeypatch.setattr(ray_train, "RESTARTS", 1)
+    run = prepare(out, mini_config(seed=19))
+    run.metrics.mkdir()
+    with pytest.raises(TrainingFailed) as caught:
+        fit(run, TWO)
+    log = run.logs / "rank0.log"
+    assert str(caught.value) == (
+        f"run {run.name}: training failed at checkpoint none after the death of rank 0 on 127.0.0.1 2 times; the "
+        f"last, of rank 0: IsADirectoryError: [Errno 21] Is a directory: '{run.metrics}'; "
+        f"log: {log}; next: see its end; the same command continues"
+    )
+    assert log.read_text().count("worker rank=0") == log.read_text().count("Traceback") == 2
+
+
+def test_a_run_that_gets_further_between_its_deaths_is_never_given_up(
+    out: Out, mini_config, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """Ray's own count has no end but RESTARTS: another Ray run follows, until there is no newer checkpoint."""
+    from ray.train import WorkerGroupError
+
+    run, tried = prepare(out, mini_config()), []
+
+    def trainer() -> Any:
+        tried.append(1)
+        if len(tried) < 4:
+            (run.checkpoints / f"step-{len(tried):09d}").mkdir(parents=True)
+        return SimpleNamespace(fit=fail)
+
+    def fail() -> None:
+        raise WorkerGroupError("lost", {0: RuntimeError("lost")})
+
+    with pytest.raises(TrainingFailed, match="training failed at checkpoint step-000000003: "):
+        ray_train._persist(run, trainer)
+    assert len(tried) == 4
+
+
+class WorkerHealthCheckFailedError(Exception):
+    """As Ray's is called."""
+
+
+class WorkerHealthCheckTimeoutError(Exception):
+    """As Ray's is called."""
+
+
+GLOO = RuntimeError("[gloo/transport/tcp/pair.cc:547] Connection closed by peer [127.0.0.1]:1")
+
+
+@pytest.mark.parametrize(
+    ("errors", "blamed"),
+    [
+        ({0: GLOO, 1: WorkerHealthCheckFailedError("x")}, {1: "its process died: killed, out of memory"}),
+        ({1: WorkerHealthCheckFailedError("The node has died")}, {1: "its node died"}),
+        ({1: WorkerHealthCheckTimeoutError("x")}, {1: "it did not answer: frozen"}),
+        ({0: GLOO, 2: GLOO}, {1: "the others lost it"}),
+        ({0: RuntimeError("gloo: Timed out waiting 600000ms")}, {1: "it hung: the others waited 600 s"}),
+        ({0: GLOO, 1: MemoryError("too much\nof it"), 2: GLOO}, {1: "MemoryError: too much"}),
+    ],
+)
+def test_who_died_is_blamed_and_not_who_noticed(
+    errors: dict[int, Exception], blamed: dict[int, str], tmp_path: Path
+) -> None:
+    run = RunDir(tmp_path)
+    run.logs.mkdir()
+    world = max(2, len(errors) + (2 in errors and 1 not in errors))
+    for rank in range(world):
+        (run.logs / f"rank{rank}.log").write_text(
+            f"worker rank={rank} world={world} node=10.0.0.{rank} pid=1\n"
+        )
+    found = ray_train._blamed(run, errors, 600)
+    assert {death["rank"]: death["node"] for death in found} == {rank: f"10.0.0.{rank}" for rank in blamed}
+    for death in found:
+        assert death["cause"].startswith(blamed[death["rank"]])
+
+
 def weights(run) -> dict[str, object]:
     """The last weights, as values that compare by every bit."""
     state = checkpoint.newest(run.checkpoints)
@@ -178,10 +266,8 @@ def weights(run) -> dict[str, object]:
 
 
 def series(run) -> list[tuple[int, dict[str, float]]]:
-    timed = ("time/", "train/images_per_s")
-    return [
-        (r.step, {k: v for k, v in r.metrics.items() if not k.startswith(timed)}) for r in epoch_records(run)
-    ]
+    records = epoch_records(run)
+    return [(r.step, {k: v for k, v in r.metrics.items() if not k.startswith("perf/")}) for r in records]
 
 
 def test_what_the_cluster_does_not_have_is_refused(ray: None, out: Out, mini_config) -> None:

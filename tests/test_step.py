@@ -271,7 +271,9 @@ def test_too_many_steps_in_a_row_end_a_run_and_are_named() -> None:
             hook.remove()
         if turn < 5:
             state.faults.check(state.step)
-    expected = "rank 0 at step 1, 2, 4, 5, 6; 3 steps in a row were left out, optim.max_skips allows 2; next: "
+    expected = (
+        "rank 0 at step 1, 2, 4, 5, 6; 3 steps in a row were left out, optim.max_skips allows 2; next: "
+    )
     with pytest.raises(FloatingPointError, match=expected):
         state.faults.check(state.step)
 

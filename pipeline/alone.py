@@ -7,13 +7,14 @@ import signal
 import sys
 from collections.abc import Callable
 from contextlib import nullcontext
+from datetime import timedelta
 from pathlib import Path
 
 import torch
 import torch.distributed as dist
 
 from pipeline import memory
-from pipeline.config import Config, InputError, Preempted, load
+from pipeline.config import HANG_S, Config, InputError, Preempted, load
 from pipeline.manifest import read_manifest
 from pipeline.plan import prepare
 from pipeline.rundir import Out, hold
@@ -64,7 +65,8 @@ def _train(options: argparse.Namespace, stop: Callable[[], bool]) -> None:
         manifest = read_manifest(out.shards(config.data.shards))
         config = memory.fitted(config, manifest, world=world, device=this_place().device)
     if "WORLD_SIZE" in os.environ:
-        dist.init_process_group("nccl" if torch.cuda.is_available() else "gloo")
+        backend = "nccl" if torch.cuda.is_available() else "gloo"
+        dist.init_process_group(backend, timeout=timedelta(seconds=HANG_S))
         config = _smallest_micro_batch(config)
     run = prepare(out, config)  # the same on every rank
     with nullcontext() if rank else hold(run.lock, f"run {run.name}"):

@@ -21,6 +21,7 @@ import torch
 from torch import Tensor
 
 from pipeline.config import InputError
+from pipeline.faults import CALMER
 from pipeline.rundir import read_json, sync, write_json
 
 log = logging.getLogger("gsa")
@@ -31,7 +32,6 @@ DISK = {  # full, read-only, or away: the next save may succeed
     *(errno.ENOSPC, errno.EDQUOT, errno.EFBIG, errno.EROFS, errno.EACCES),
     *(errno.EIO, errno.ESTALE, errno.ETIMEDOUT, errno.ENOTCONN),
 }
-CALMER = "next: a lower optim.lr or more optim.warmup_epochs"
 
 
 class NewerVersion(InputError):

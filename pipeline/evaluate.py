@@ -4,9 +4,11 @@ from collections.abc import Callable, Iterable
 from typing import NamedTuple
 
 import torch
+import torch.distributed as dist
 from torch import Tensor, nn
 
 from pipeline.data import Batch, to_device
+from pipeline.manifest import ShardError
 from pipeline.order import Certificate, certify
 from pipeline.step import eval_step, world_sums
 
@@ -60,16 +62,23 @@ def evaluate(
     classes: how many.
     expected, salt: the certificate of the whole split, and its salt.
     device: where a rank without batches, of a split smaller than the world, takes part in the sum.
-    Raises RuntimeError unless the parts together hold each sample exactly once.
+    Raises ShardError, on all ranks, where one of them cannot read a sample; RuntimeError unless the parts together
+    hold each sample exactly once.
     """
     sums = torch.zeros(2 + 2 * classes, device=device, dtype=torch.float64)
-    seen = Certificate(0, 0)
-    for batch in batches:
-        sums = sums + eval_step(forward, batch, classes)
-        seen += certify(batch.ids, salt)
+    seen, fault = Certificate(0, 0), ""
+    try:
+        for batch in batches:
+            sums = sums + eval_step(forward, batch, classes)
+            seen += certify(batch.ids, salt)
+    except ShardError as error:  # the other ranks wait for this one's sums
+        fault = str(error)
     # In halves, whose sums over the ranks are exact in float64.
-    halves = torch.tensor([seen.samples, seen.sum % 2**32, seen.sum >> 32], dtype=torch.float64)
-    (count, low, high), (loss, correct5, *by_class) = world_sums(halves.to(device)), world_sums(sums)
+    told = [seen.samples, seen.sum % 2**32, seen.sum >> 32, bool(fault)]
+    count, low, high, faults = world_sums(torch.tensor(told, dtype=torch.float64, device=device))
+    loss, correct5, *by_class = world_sums(sums)
+    if faults:
+        raise ShardError(_first_of_all_ranks(fault))
     count = round(count)
     found = Certificate(count, (round(low) + (round(high) << 32)) % 2**64)
     right, of = ([round(n) for n in part] for part in (by_class[:classes], by_class[classes:]))
@@ -87,3 +96,12 @@ def evaluate(
         certificate=str(found),
         by_class=tuple(zip(right, of, strict=True)),
     )
+
+
+def _first_of_all_ranks(text: str) -> str:
+    """The first text that is not empty."""
+    texts: list[str] = [text]
+    if dist.is_initialized():
+        texts = [""] * dist.get_world_size()
+        dist.all_gather_object(texts, text)
+    return next(filter(None, texts))

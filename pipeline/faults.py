@@ -53,10 +53,11 @@ class Faults:
         norm: of the averaged gradient; loss: of this rank; merged: what the ranks have summed up, the loss and
         the running statistics among it.
         """
-        self.mine[step % REMEMBERED] = self.local | ~loss.isfinite()
-        self.local.zero_()
         ok = norm.isfinite() & merged.isfinite().all()
         counts = ~ok & (self.scale <= 1)
+        mine = self.local | ~loss.isfinite() if dist.is_initialized() else counts
+        self.mine[step % REMEMBERED] = mine & counts
+        self.local.zero_()
         self.row += 1
         self.row *= counts
         torch.maximum(self.worst, self.row, out=self.worst)

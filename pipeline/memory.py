@@ -24,6 +24,8 @@ def with_micro_batch(config: Config, size: int) -> Config:
 def fitted(config: Config, manifest: Manifest, *, world: int, device: torch.device) -> Config:
     """The config with the largest micro-batch that this device holds. Not within a process group: who runs out
     of memory would leave the others waiting."""
+    if device.type != "cuda":
+        raise ConfigError(f"a micro-batch is found on a GPU, not on {device}; next: state optim.micro_batch")
     size = largest_micro_batch(config, len(manifest.classes), world=world, device=device)
     return with_micro_batch(config, size)
 
@@ -34,9 +36,8 @@ def largest_micro_batch(config: Config, classes: int, *, world: int, device: tor
     Batch norm sees micro-batches, so results depend on it: it is found once, then stated in the config.
     Raises ConfigError: not even two samples fit.
     """
-    share = config.optim.global_batch // world
-    best = 0
-    for size in (n for n in range(2, min(share, MOST) + 1) if share % n == 0):
+    whole, best = config.optim.global_batch, 0
+    for size in (n for n in range(2, MOST + 1) if whole % (n * world) == 0):
         try:
             _steps(with_micro_batch(config, size), classes, device)
         except torch.OutOfMemoryError:

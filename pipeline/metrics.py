@@ -7,6 +7,7 @@ import time
 from pathlib import Path
 from typing import NamedTuple
 
+from pipeline.config import InputError
 from pipeline.rundir import write_atomic
 
 
@@ -20,11 +21,17 @@ class Record(NamedTuple):
 
 
 def append(journal: Path, *, step: int, epoch: float, metrics: dict[str, float]) -> None:
-    """One record by one write(): a killed process leaves it whole or not at all."""
+    """One record by one write(): a killed process leaves it whole or not at all. InputError: the disk is full."""
     line = json.dumps(Record(time.time(), step, epoch, metrics)._asdict()) + "\n"
-    with open(journal, "ab", buffering=0) as file:
-        if file.write(line.encode()) < len(line):  # the next record would be glued to half of this one
-            raise OSError(errno.ENOSPC, os.strerror(errno.ENOSPC), str(journal))
+    try:
+        with open(journal, "ab", buffering=0) as file:
+            if file.write(line.encode()) < len(line):  # the next record would be glued to half of this one
+                raise OSError(errno.ENOSPC, os.strerror(errno.ENOSPC))
+    except OSError as error:
+        raise InputError(
+            f"{journal}: step {step} cannot be recorded: {error.strerror or error}; next: make room, then run "
+            "the same command again: it goes on from the newest checkpoint"
+        ) from None
 
 
 def read(journal: Path) -> list[Record]:

@@ -1,5 +1,6 @@
 """TrainState, train_step, eval_step: the only place where gradients flow. No I/O, no waiting for the device."""
 
+import warnings
 from collections.abc import Callable, Iterator, Sequence
 from contextlib import contextmanager, nullcontext
 from dataclasses import dataclass, field
@@ -48,10 +49,20 @@ def new_state(model: nn.Module, config: Config, device: torch.device) -> TrainSt
         model = nn.SyncBatchNorm.convert_sync_batchnorm(model)  # type: ignore[no-untyped-call]
     ema = Ema(model, config.optim.ema) if config.optim.ema else None
     faults = Faults(device, fp16=config.compute.precision == "fp16", max_skips=config.optim.max_skips)
-    replica: Any = torch.compile(model) if config.compute.compile else model
-    if dist.is_initialized():  # broadcast_buffers: our step keeps the running statistics equal
-        ids = [device.index] if device.type == "cuda" else None
-        replica = DistributedDataParallel(replica, device_ids=ids, broadcast_buffers=False)
+    # dynamic: a run whose pictures grow has to compute the same when it is resumed with the larger ones.
+    replica: Any = torch.compile(model, dynamic=False) if config.compute.compile else model
+    if dist.is_initialized():
+        cpu = device.type == "cpu"
+        with warnings.catch_warnings():
+            warnings.simplefilter(
+                "ignore", FutureWarning
+            )  # of the name of broadcast_buffers, from torch 2.13 on
+            replica = DistributedDataParallel(
+                replica,
+                device_ids=None if cpu else [device.index],
+                broadcast_buffers=False,  # our step keeps the running statistics equal
+                find_unused_parameters=cpu,  # else its buckets change after a step: a resume would round otherwise
+            )
         faults.watch(replica)
     return TrainState(model, replica, optimizer(model, config.optim), device, faults, ema)
 

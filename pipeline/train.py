@@ -15,7 +15,7 @@ import torch
 import torch.distributed as dist
 from torch import Tensor, nn
 
-from gsa_models import probe
+from gsa_models import model_cost, probe
 from gsa_models.resolution import resize_positions, resized_table
 from pipeline import checkpoint, data, metrics, order
 from pipeline.batch_augment import DRAWS
@@ -26,7 +26,7 @@ from pipeline.manifest import Manifest, Samples, ShardError
 from pipeline.optim import lr_at, peak_lr
 from pipeline.plan import at_size, build_model, first_weights, read_run, size_at, train_samples
 from pipeline.profiling import Trace
-from pipeline.rundir import RunDir, read_json, sync, write_json
+from pipeline.rundir import RunDir, sync, write_json
 from pipeline.step import SUMS, new_state, train_step, world_sums
 from pipeline.stream import stream_loader
 
@@ -40,6 +40,8 @@ PEAK_FLOPS = {
     "H100": {"tf32": 495e12, "bf16": 989e12, "fp16": 989e12},
     "H200": {"tf32": 495e12, "bf16": 989e12, "fp16": 989e12},
 }
+
+PER_STEP = torch.tensor([key in ("grad_norm", "steps", "skipped") for key in SUMS])  # the others: per sample
 
 Report = Callable[[dict[str, float]], None]
 T = TypeVar("T")
@@ -119,14 +121,18 @@ class _Loop:
         self.samples, self.val = manifest.split("train"), manifest.split("val")
         self.share = config.micro_batches // place.world  # micro-batches of a step on this rank
         if config.micro_batches % place.world:
-            raise ConfigError(f"{place.world} ranks cannot share {config.micro_batches} micro-batches")
+            raise ConfigError(
+                f"{place.world} ranks cannot share {config.micro_batches} micro-batches; "
+                "next: a number of ranks that divides them"
+            )
+        if config.compute.sync_bn and place.device.type != "cuda":
+            raise ConfigError("compute.sync_bn needs CUDA devices; next: compute.sync_bn=false")
         self.epoch_samples = train_samples(config, manifest)
         self.steps = order.steps_per_epoch(self.epoch_samples, config.optim.global_batch)
         self.names, self.classes = manifest.classes, len(manifest.classes)
         self.epochs = 0  # trained and evaluated
         self.last: dict[str, float] = {}  # metrics of the last of them
         self.lost = 0.0  # samples of this epoch that could not be read
-        self.flops = 3e9 * read_json(run.facts)["gflops"]  # an image, forth and back
         self.saver = checkpoint.Saver(run.checkpoints)
         self.wishes = _Wishes(place, stop, save_every_s)
         self.trace = trace
@@ -138,6 +144,8 @@ class _Loop:
         """The network for pictures of `size` pixels, and all that goes with it, as at the start."""
         self.size, self.sized = size, at_size(self.config, size)
         self.state = new_state(build_model(self.sized, self.classes), self.config, self.place.device)
+        shape = build_model(self.sized, self.classes, "meta")
+        self.flops = 3 * model_cost(shape, size).flops  # an image, forth and back
 
     def _saved(self) -> dict[str, Any]:
         """What a checkpoint holds. The schedule, the random numbers and the data are functions of the step."""
@@ -178,9 +186,10 @@ class _Loop:
         state, (rank, world, _) = self.state, self.place
         state.model.load_state_dict(resize_positions(saved["model"], state.model))
         _fit_tables(saved["optimizer"], state.optimizer)
+        for group in saved["optimizer"]["param_groups"]:  # checkpoints of version 1 say otherwise
+            if "fused" in group:
+                group["fused"] = state.optimizer.defaults["fused"]
         state.optimizer.load_state_dict(saved["optimizer"])
-        for group in state.optimizer.param_groups:  # checkpoints of version 1 say otherwise
-            group["fused"] = state.optimizer.defaults.get("fused")
         if state.ema:
             state.ema.model.load_state_dict(resize_positions(saved["ema"], state.ema.model))
         state.faults.load_state_dict(saved.get("faults", {}))
@@ -189,22 +198,26 @@ class _Loop:
         sums = saved.get("sums")
         if sums is not None and len(sums) == world:
             state.sums.copy_(sums[rank])
-        elif sums is not None and rank == 0:  # another world: what they add up to is what counts
-            state.sums.copy_(sums.sum(0))
+        elif sums is not None:  # another world: steps are each rank's; samples go to one of them, whichever
+            state.sums.copy_(torch.where(PER_STEP, sums.mean(0), sums.sum(0) if rank == 0 else 0))
 
-    def _save(self) -> None:
+    def _save(self, score: float | None = None) -> None:
         """A checkpoint, written while training goes on; it never knows more than the journal on the disk."""
+        self.state.faults.check(self.state.step, now=True)
         self._check_weights()
         state, step = self._saved(), self.state.step
         if self.place.rank == 0:
-            score = self.last.get("val_ema/top1", self.last.get("val/top1"))
             self.saver.save(step, state, score=score, before=partial(_sync_if_there, self.run.metrics))
 
     def _check_weights(self) -> None:
         """A step says nothing of the weights after it: the last one before a checkpoint may spoil them."""
-        for name, value in self.state.model.state_dict().items():
-            if not value.isfinite().all():
-                raise FloatingPointError(f"{name} is no longer finite at step {self.state.step}; {CALMER}")
+        values = self.state.model.state_dict()
+        if self.state.ema:
+            values |= {f"average {k}": v for k, v in self.state.ema.model.state_dict().items()}
+        finite = torch.stack([value.isfinite().all() for value in values.values()])
+        if not finite.all():
+            name = next(k for k, ok in zip(values, finite.tolist(), strict=True) if not ok)
+            raise FloatingPointError(f"{name} is no longer finite at step {self.state.step}; {CALMER}")
 
     # --- an epoch ----------------------------------------------------------------------------------------
 
@@ -224,13 +237,12 @@ class _Loop:
             self.shards.update(shard for batch in batches for shard in batch.bad)
             self._step(batches)
             self.trace.step()
-            self.state.faults.check(self.state.step, now=self.state.step == end)
-            if self.state.step == end:
-                return
-            if self.state.step % LOG_EVERY == 0:
+            self.state.faults.check(self.state.step)
+            ended = self.state.step == end
+            if self.state.step % LOG_EVERY == 0 and not ended:
                 self._record(self._take_sums())
-            stop, save = self.wishes.granted()
-            if stop or save:
+            stop, save = self.wishes.granted(now=ended)  # an evaluation may take long
+            if stop or (save and not ended):
                 self._save()
             if stop:
                 self.saver.close(required=True)
@@ -259,7 +271,7 @@ class _Loop:
         result = {**trained, **evaluated, "perf/epoch_s": time.monotonic() - self.started}
         self.last, self.epochs, self.lost = result, self.epochs + 1, 0.0
         self._record({**result, **(self._probe() if self.place.rank == 0 else {})})
-        self._save()
+        self._save(score=result.get("val_ema/top1", result["val/top1"]))
         return result
 
     def _steps(self, first: int) -> Iterator[list[data.Batch]]:
@@ -294,7 +306,10 @@ class _Loop:
         if self.place.rank == 0:
             parts = zip(self.names, found.by_class, strict=True)
             top1 = {name: round(100 * right / of, 2) for name, (right, of) in parts if of}
-            write_json(self.run.by_class(name), top1)
+            try:
+                write_json(self.run.by_class(name), top1)
+            except OSError as error:  # a full disk: see checkpoint.Saver
+                log.warning("not written: %s: %s", self.run.by_class(name), error)
         return found.metrics(name)
 
     def _probe(self) -> dict[str, float]:
@@ -381,16 +396,18 @@ class _Wishes:
         self.group = dist.new_group(backend="gloo", timeout=hang) if place.world > 1 else None
         self.saved, self.asked = time.monotonic(), (torch.zeros(2, dtype=torch.int32), None)
 
-    def granted(self) -> tuple[bool, bool]:
-        """Whether to stop, and whether to save: the same on all ranks."""
+    def granted(self, *, now: bool) -> tuple[bool, bool]:
+        """Whether to stop, and whether to save: the same on all ranks. now: as they wish in this moment."""
         if self.place.world == 1:
             return self._mine()
+        if now:
+            stop, save = self.granted(now=False)
+            stop_now, save_now = self.granted(now=False)
+            return stop or stop_now, save or save_now
         wishes, work = self.asked
         if work:
             work.wait()
         stop, save = (bool(wish) for wish in wishes)
-        if save:
-            self.saved = time.monotonic()
         mine = torch.tensor(self._mine(), dtype=torch.int32)
         self.asked = mine, dist.all_reduce(mine, dist.ReduceOp.MAX, group=self.group, async_op=True)
         return stop, save

@@ -9,6 +9,7 @@ from collections.abc import Callable
 from pathlib import Path
 from typing import Any
 
+import hypothesis
 import pytest
 
 HOME = pytest.StashKey[str]()
@@ -35,6 +36,8 @@ def pytest_configure(config: pytest.Config) -> None:
     config.stash[HOME] = tempfile.mkdtemp(prefix="gsa-tests-home-")
     os.environ["HOME"] = config.stash[HOME]
     os.environ["HYPOTHESIS_STORAGE_DIRECTORY"] = os.path.join(config.stash[HOME], "hypothesis")
+    hypothesis.settings.register_profile("shared", deadline=None)  # the machine may be busy
+    hypothesis.settings.load_profile("shared")
     os.environ["OMP_NUM_THREADS"] = "1"  # little tensors: more threads only wait for one another
     for name in ELSEWHERE:
         os.environ.pop(name, None)

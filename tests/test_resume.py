@@ -53,9 +53,9 @@ def one_thread() -> Iterator[None]:
 def undisturbed(
     forks: Any, mini: Path, mini_config: Any, tmp_path_factory: pytest.TempPathFactory
 ) -> dict[int, RunDir]:
-    """The run that nothing disturbs, on one rank and on two."""
+    """The run that nothing disturbs, on one rank, on two, and on four: a ring rounds by the order of its sums."""
     found = {}
-    for world in (1, 2):
+    for world in (1, 2, 4):
         out = output(mini, tmp_path_factory.mktemp(f"undisturbed{world}"))
         run = prepare(out, mini_config(**ALL))
         found[world] = Ranks(forks, run, world, log_every=2).finish()
@@ -70,7 +70,7 @@ def newest_step(run: RunDir) -> int:
 # --- kills within an epoch ---------------------------------------------------------------------------------
 
 
-@pytest.mark.parametrize("world", [1, 2])
+@pytest.mark.parametrize("world", [1, 2, 4])
 def test_a_run_killed_within_its_epochs_ends_with_the_same_bytes(
     world: int, forks: Any, undisturbed: dict[int, RunDir], out: Out, mini_config: Any
 ) -> None:
@@ -86,7 +86,7 @@ def test_a_run_killed_within_its_epochs_ends_with_the_same_bytes(
 
 
 @pytest.mark.slow
-@pytest.mark.parametrize("world", [1, 2])
+@pytest.mark.parametrize("world", [1, 2, 4])
 def test_a_run_killed_after_every_step_ends_with_the_same_bytes(
     world: int, forks: Any, undisturbed: dict[int, RunDir], out: Out, mini_config: Any
 ) -> None:
@@ -107,7 +107,7 @@ def test_each_part_of_a_checkpoint_matters(
     run = prepare(out, mini_config(**ALL))
     monkeypatch.setattr(train, "LOG_EVERY", 2)
     with pytest.raises(Preempted, match="stopped at step 5, in epoch 2"):  # between two records
-        train.train(run, lambda _: None, stop=stop_after(4))
+        train.train(run, lambda _: None, stop=stop_after(5))
     assert newest_step(run) == 5
     with monkeypatch.context() as patch:
         patch.setattr(checkpoint, "newest", checkpoint.newest)
@@ -134,13 +134,14 @@ def test_each_part_of_a_checkpoint_matters(
 def test_another_number_of_ranks_goes_on_within_an_epoch(
     forks: Any, out: Out, mini: Path, mini_config: Any, tmp_path: Path
 ) -> None:
-    """Two ranks killed in mid-epoch, one goes on: the samples, the sums and, to rounding, the weights of one."""
-    config = mini_config(epochs=2)
-    alone = Ranks(forks, prepare(output(mini, tmp_path / "alone"), config), double=True, log_every=2).finish()
+    """Two ranks stopped in mid-epoch, one goes on: the samples, the sums and, to rounding, the weights of one."""
+    config = mini_config(epochs=2, max_skips=1)
+    spoilt: dict[str, Any] = {"double": True, "log_every": 3, "spoil": {"ranks": [0, 1], "steps": [4]}}
+    alone = Ranks(forks, prepare(output(mini, tmp_path / "alone"), config), **spoilt).finish()
     run = prepare(out, config)
-    Ranks(forks, run, 2, double=True, hang_at=5, **OFTEN).kill_when_they_hang()
-    assert newest_step(run) in (3, 4)
-    Ranks(forks, run, 1, double=True, log_every=2).finish()
+    assert Ranks(forks, run, 2, stop_rank=0, stop_at=5, **spoilt).wait() == [75, 75]
+    assert newest_step(run) == 5  # its sums tell of a step that was left out, and of one that was not
+    Ranks(forks, run, 1, **spoilt).finish()
     assert_close(run, alone)
 
 
@@ -151,7 +152,7 @@ def test_a_wish_of_one_rank_stops_all_with_a_checkpoint(
     forks: Any, undisturbed: dict[int, RunDir], out: Out, mini_config: Any
 ) -> None:
     run = prepare(out, mini_config(**ALL))
-    ranks = Ranks(forks, run, 2, stop_rank=1, stop_at=3, log_every=2)
+    ranks = Ranks(forks, run, 2, stop_rank=1, stop_at=4, log_every=2)
     assert ranks.wait() == [75, 75]
     stopped = newest_step(run)
     assert ranks.log.read_text().count(f"Preempted: stopped at step {stopped}, in epoch 2") == 2
@@ -298,6 +299,24 @@ def test_a_val_picture_that_cannot_be_read_costs_no_training(
     assert seen == list(range(STEPS, 3 * STEPS))
     assert same_weights(run, undisturbed[1])
     assert series(run) == series(undisturbed[1])
+
+
+def test_a_val_picture_that_one_rank_cannot_read_ends_all_with_a_checkpoint(
+    forks: Any, mini: Path, mini_config: Any, tmp_path: Path
+) -> None:
+    """And each says which picture it is, also who could read all of its own."""
+    folder = shutil.copytree(mini, tmp_path / "own")
+    samples, tar = read_manifest(folder).split("val"), folder / "val-000000.tar"
+    content = bytearray(tar.read_bytes())
+    content[int(samples.offset[17]) + 60] ^= 4  # of the second rank
+    tar.write_bytes(content)
+    run = prepare(output(folder, tmp_path / "out"), mini_config())
+    ranks = Ranks(forks, run, 2)
+    assert ranks.wait() == [1, 1]
+    named = [line for line in ranks.log.read_text().splitlines() if "ShardError: " in line]
+    assert len(named) == 2
+    assert all(f"{tar.name}, sample {samples.key(17)}: crc32 differs" in line for line in named)
+    assert newest_step(run) == STEPS
 
 
 # --- sizes and first weights -------------------------------------------------------------------------------

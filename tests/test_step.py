@@ -278,6 +278,19 @@ def test_too_many_steps_in_a_row_end_a_run_and_are_named() -> None:
         state.faults.check(state.step)
 
 
+def test_steps_left_out_are_counted_on_from_a_checkpoint() -> None:
+    state, resumed = (new_state(small_model(), max_skips=2) for _ in range(2))
+    for one in (state, resumed):
+        spoil_loss(one, float("nan"))
+    for turn in range(2):
+        step(state, batches(1, seed=turn))
+    resumed.faults.load_state_dict(state.faults.state_dict())
+    resumed.step = state.step
+    step(resumed, batches(1))
+    with pytest.raises(FloatingPointError, match="rank 0 at step 3; 3 steps in a row were left out"):
+        resumed.faults.check(resumed.step)
+
+
 def test_without_any_allowed_the_first_step_left_out_ends_a_run() -> None:
     state = new_state(small_model())
     step(state, batches(1))

@@ -1,6 +1,5 @@
 """Training: the same bytes after any kill, the same result for any number of ranks, the same run for a config."""
 
-import errno
 import json
 import math
 import random
@@ -317,7 +316,7 @@ def test_ranks_that_cannot_share_a_batch_are_refused(
 ) -> None:
     run = prepare(out, mini_config())
     monkeypatch.setattr(train, "this_place", lambda: train.Place(0, 3, torch.device("cpu")))
-    with pytest.raises(ConfigError, match="3 ranks cannot share 4 micro-batches"):
+    with pytest.raises(ConfigError, match="3 ranks cannot share 4 micro-batches; next: "):
         train.train(run, lambda _: None)
 
 
@@ -465,9 +464,8 @@ def test_a_record_that_does_not_fit_on_the_disk_is_an_error(journal: Path) -> No
     records, limits = metrics.read(journal), resource.getrlimit(resource.RLIMIT_FSIZE)
     resource.setrlimit(resource.RLIMIT_FSIZE, (journal.stat().st_size + 10, limits[1]))
     try:
-        with pytest.raises(OSError, match="No space left on device") as caught:
+        with pytest.raises(InputError, match="step 4 cannot be recorded: No space left on device; next"):
             metrics.append(journal, step=4, epoch=2.0, metrics={})
     finally:
         resource.setrlimit(resource.RLIMIT_FSIZE, limits)
-    assert caught.value.errno == errno.ENOSPC
     assert metrics.read(journal) == records

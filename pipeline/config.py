@@ -204,6 +204,10 @@ class Resources(Section):
     def check(self, config: Config) -> None:
         """Refuse worker counts that cannot share the global batch equally."""
         low, high = self.span
+        if config.compute.sync_bn and not self.gpus_per_worker:
+            raise ConfigError(
+                "compute.sync_bn needs GPUs; next: --gpus-per-worker 1, or compute.sync_bn=false"
+            )
         if low > high:
             raise ConfigError(f"workers {self.workers}: the lower bound is above the upper one")
         k = config.micro_batches

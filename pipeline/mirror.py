@@ -94,8 +94,11 @@ class Mirror:
         self.open.add(run)
 
     def end(self, run: RunDir, status: str) -> None:
-        if status != "KILLED":
-            self.epochs.end(run)
+        self.epochs.end(run)
+        self.let_go(run, status)
+
+    def let_go(self, run: RunDir, status: str) -> None:
+        """The same for a run that has not come to its end."""
         if run in self.open:  # else it failed before it started
             self.open.remove(run)
             self.shipper.finish(run, status)
@@ -135,7 +138,7 @@ def mirrored(out: Out, manifest: Manifest, epochs: Epochs) -> Iterator[Mirror]:
         raise
     finally:
         for run in list(mirror.open):
-            mirror.end(run, status)
+            mirror.let_go(run, status)
         if mirror.parent:
             tracking.end_run(client, mirror.parent, status, {}, step=0, tags={})
         missing = mirror.shipper.close()

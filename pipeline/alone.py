@@ -30,7 +30,7 @@ def main() -> None:
         signal.signal(number, lambda *_: asked.append(True))
     try:
         _train(_options(), lambda: bool(asked))
-    except InputError as error:
+    except (InputError, FloatingPointError) as error:
         _end(f"gsa: {error}", 2)
     except Preempted as error:
         _end(f"gsa: {error}; the same command continues", 75)
@@ -62,12 +62,13 @@ def _train(options: argparse.Namespace, stop: Callable[[], bool]) -> None:
     logging.basicConfig(level=logging.ERROR if rank else logging.INFO, format="%(asctime)s %(message)s")
     out, config = Out(options.out.absolute()), load(Config, "train", options.recipe, options.overrides)
     if options.find_micro_batch:
-        manifest = read_manifest(out.shards(config.data.shards))
-        config = memory.fitted(config, manifest, world=world, device=this_place().device)
+        classes = len(read_manifest(out.shards(config.data.shards)).classes)
+        config = memory.fitted(config, classes, world=world, device=this_place().device)
     if "WORLD_SIZE" in os.environ:
         backend = "nccl" if torch.cuda.is_available() else "gloo"
         dist.init_process_group(backend, timeout=timedelta(seconds=HANG_S))
-        config = _smallest_micro_batch(config)
+        if options.find_micro_batch:
+            config = _smallest_micro_batch(config)
     run = prepare(out, config)  # the same on every rank
     with nullcontext() if rank else hold(run.lock, f"run {run.name}"):
         train(

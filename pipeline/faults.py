@@ -28,7 +28,7 @@ class Faults:
         self.good = torch.zeros((), dtype=torch.int32, device=device)  # steps since the scale was changed
         self.row = torch.zeros(
             (), dtype=torch.int32, device=device
-        )  # steps left out up to now, without a break
+        )  # steps left out, without a break up to now
         self.worst = torch.zeros((), dtype=torch.int32, device=device)  # the longest of such rows
         self.local = torch.zeros((), dtype=torch.bool, device=device)  # of this step: a gradient of this rank
         self.mine = torch.zeros(REMEMBERED, dtype=torch.bool, device=device)

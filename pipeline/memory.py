@@ -8,7 +8,6 @@ import torch
 from pipeline.batch_augment import DRAWS
 from pipeline.config import Config, ConfigError
 from pipeline.data import Batch
-from pipeline.manifest import Manifest
 from pipeline.plan import build_model
 from pipeline.step import new_state, train_step
 
@@ -21,13 +20,14 @@ def with_micro_batch(config: Config, size: int) -> Config:
     return config.model_copy(update={"optim": optim})
 
 
-def fitted(config: Config, manifest: Manifest, *, world: int, device: torch.device) -> Config:
-    """The config with the largest micro-batch that this device holds. Not within a process group: who runs out
-    of memory would leave the others waiting."""
+def fitted(config: Config, classes: int, *, world: int, device: torch.device) -> Config:
+    """The config with the largest micro-batch that this device holds.
+
+    Not within a process group: a rank out of memory would leave the others waiting. Raises ConfigError: no GPU.
+    """
     if device.type != "cuda":
         raise ConfigError(f"a micro-batch is found on a GPU, not on {device}; next: state optim.micro_batch")
-    size = largest_micro_batch(config, len(manifest.classes), world=world, device=device)
-    return with_micro_batch(config, size)
+    return with_micro_batch(config, largest_micro_batch(config, classes, world=world, device=device))
 
 
 def largest_micro_batch(config: Config, classes: int, *, world: int, device: torch.device) -> int:

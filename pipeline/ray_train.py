@@ -17,7 +17,6 @@ from pathlib import Path
 from typing import Any
 
 from pipeline.config import HANG_S, Config, InputError, Preempted, Resources, TrainingFailed
-from pipeline.manifest import Manifest
 from pipeline.rundir import RunDir, hold, read_json
 
 RESTARTS = 3  # of the workers, after the death of one, without a newer checkpoint in between
@@ -99,7 +98,7 @@ def fit(
     return dict(read_json(run.result)["metrics"])
 
 
-def fit_micro_batch(config: Config, manifest: Manifest, resources: Resources) -> Config:
+def fit_micro_batch(config: Config, classes: int, resources: Resources) -> Config:
     """The config with the largest micro-batch that fits, tried out on one GPU. Needs `ray_session.session`."""
     import ray
     import torch
@@ -113,7 +112,7 @@ def fit_micro_batch(config: Config, manifest: Manifest, resources: Resources) ->
     check_room(resources)
     on_gpu: Any = ray.remote(num_gpus=resources.gpus_per_worker, num_cpus=resources.cpus_per_worker)
     world, device = resources.span[1], torch.device("cuda")
-    found: Config = ray.get(on_gpu(fitted).remote(config, manifest, world=world, device=device))
+    found: Config = ray.get(on_gpu(fitted).remote(config, classes, world=world, device=device))
     return found
 
 

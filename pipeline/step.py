@@ -53,10 +53,8 @@ def new_state(model: nn.Module, config: Config, device: torch.device) -> TrainSt
     replica: Any = torch.compile(model, dynamic=False) if config.compute.compile else model
     if dist.is_initialized():
         cpu = device.type == "cpu"
-        with warnings.catch_warnings():
-            warnings.simplefilter(
-                "ignore", FutureWarning
-            )  # of the name of broadcast_buffers, from torch 2.13 on
+        with warnings.catch_warnings():  # of the name of broadcast_buffers, from torch 2.13 on
+            warnings.simplefilter("ignore", FutureWarning)
             replica = DistributedDataParallel(
                 replica,
                 device_ids=None if cpu else [device.index],

@@ -305,7 +305,7 @@ class _Loop:
         log.info("%s epoch=%d certificate=%s", name, self.epochs + 1, found.certificate)
         if self.place.rank == 0:
             parts = zip(self.names, found.by_class, strict=True)
-            top1 = {name: round(100 * right / of, 2) for name, (right, of) in parts if of}
+            top1 = {label: round(100 * right / of, 2) for label, (right, of) in parts if of}
             try:
                 write_json(self.run.by_class(name), top1)
             except OSError as error:  # a full disk: see checkpoint.Saver

@@ -60,9 +60,9 @@ def train(out: Out, run: RunDir, resources: Resources, *, tags: dict[str, str] |
 
 def find_micro_batch(out: Out, config: Config, resources: Resources) -> Config:
     """The config with the largest micro-batch that a worker's GPU holds: tried out on one of the cluster."""
-    manifest = read_manifest(out.shards(config.data.shards))
+    classes = len(read_manifest(out.shards(config.data.shards)).classes)
     with session(cpus=_cpus(resources, 1)):
-        return fit_micro_batch(config, manifest, resources)
+        return fit_micro_batch(config, classes, resources)
 
 
 def torment(out: Out, run: RunDir, resources: Resources, mtbf_s: float) -> chaos.Verdict:

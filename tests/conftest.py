@@ -5,7 +5,7 @@ import os
 import shutil
 import tempfile
 from collections import Counter
-from collections.abc import Callable
+from collections.abc import Callable, Iterator
 from pathlib import Path
 from typing import Any
 
@@ -144,6 +144,17 @@ def mini_config() -> Callable[..., Any]:
         return validate(Config, values, where="mini_config")
 
     return make
+
+
+@pytest.fixture
+def one_thread() -> Iterator[None]:
+    """For little sums: a second thread only waits, long where the machine is shared."""
+    import torch
+
+    threads = torch.get_num_threads()
+    torch.set_num_threads(1)
+    yield
+    torch.set_num_threads(threads)
 
 
 # --- processes of our own ----------------------------------------------------------------------------------

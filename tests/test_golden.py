@@ -8,7 +8,7 @@ optimizer, schedule, running statistics, averages or evaluation. If that was mea
 
 import json
 import os
-from collections.abc import Callable, Iterator
+from collections.abc import Callable
 from pathlib import Path
 from typing import Any
 
@@ -57,13 +57,9 @@ class Enough(Exception):
 
 
 @pytest.fixture(autouse=True)
-def on_one_thread(monkeypatch: pytest.MonkeyPatch) -> Iterator[None]:
-    """A record for each step, and one thread: with more, sums have another order, and these are small."""
+def on_one_thread(one_thread: None, monkeypatch: pytest.MonkeyPatch) -> None:
+    """A record for each step, and one thread: with more, sums have another order."""
     monkeypatch.setattr(train, "LOG_EVERY", 1)
-    threads = torch.get_num_threads()
-    torch.set_num_threads(1)
-    yield
-    torch.set_num_threads(threads)
 
 
 @pytest.fixture

@@ -18,18 +18,11 @@ from gsa_models import create_model
 from pipeline.config import ConfigError, OptimConfig
 from pipeline.optim import Ema, lr_at, masked_step, optimizer, peak_lr
 
+pytestmark = pytest.mark.usefixtures("one_thread")
+
 NAMES = ("sgd", "adamw", "lamb")
 DEVICES = ("cpu", pytest.param("cuda", marks=pytest.mark.gpu))
 DECAY = 0.05
-
-
-@pytest.fixture(autouse=True)
-def one_thread() -> Iterator[None]:
-    """These tensors are small: a second thread only waits, long where the machine is shared."""
-    threads = torch.get_num_threads()
-    torch.set_num_threads(1)
-    yield
-    torch.set_num_threads(threads)
 
 
 def small_model(device: str = "cpu", dtype: torch.dtype = torch.float32) -> nn.Module:

@@ -8,7 +8,6 @@ import signal
 import subprocess
 import sys
 import time
-from collections.abc import Iterator
 from pathlib import Path
 from typing import Any
 
@@ -21,6 +20,8 @@ from pipeline.config import ConfigError, InputError, Preempted, dump
 from pipeline.manifest import ShardError, read_manifest
 from pipeline.plan import build_model, first_weights, load_trained, prepare, read_run, size_at
 from pipeline.rundir import Out, RunDir
+
+pytestmark = pytest.mark.usefixtures("one_thread")
 
 STEPS = 3  # of an epoch: 54 samples, 16 at a time
 # Everything that a checkpoint has to hold, and everything that is drawn.
@@ -38,15 +39,6 @@ ALL: dict[str, Any] = {
 }
 # A record at every second step, so that most checkpoints lie between two, and a checkpoint at every step.
 OFTEN: dict[str, Any] = {"log_every": 2, "save_every_s": 0.0}
-
-
-@pytest.fixture(autouse=True)
-def one_thread() -> Iterator[None]:
-    """These sums are small: a second thread only waits, long where the machine is shared."""
-    threads = torch.get_num_threads()
-    torch.set_num_threads(1)
-    yield
-    torch.set_num_threads(threads)
 
 
 @pytest.fixture(scope="module")
@@ -192,6 +184,19 @@ def test_bad_input_of_the_program_is_one_line_and_code_2(tmp_path: Path) -> None
     assert done.returncode == 2
     assert done.stderr.startswith(f"gsa: {tmp_path}/shards/digits: no shards there")
     assert done.stderr.count("\n") == 1
+
+
+def test_numbers_that_are_not_finite_end_the_program_with_one_line(
+    mini: Path, tmp_path: Path, mini_config: Any
+) -> None:
+    recipe = tmp_path / "recipe.yaml"
+    recipe.write_text(dump(mini_config(lr=1e30)))
+    out = output(mini, tmp_path / "out")
+    command = [sys.executable, "-m", "pipeline.train", str(recipe), "--out", str(out.root)]
+    done = subprocess.run(command, capture_output=True, text=True, check=False)
+    assert done.returncode == 2
+    assert done.stderr.splitlines()[-1].startswith("gsa: loss or gradient not finite: rank 0 at step 2; ")
+    assert "Traceback" not in done.stderr
 
 
 # --- numbers that are not finite ---------------------------------------------------------------------------

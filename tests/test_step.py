@@ -1,7 +1,6 @@
 """One step against a slow obvious reference; who gets weight decay; the schedule; exact evaluation."""
 
 import copy
-from collections.abc import Iterator
 from typing import Any
 
 import numpy as np
@@ -18,19 +17,12 @@ from pipeline.faults import Faults
 from pipeline.optim import Ema, optimizer
 from pipeline.step import SUMS, TrainState, loss_of, train_step, world_sums
 
+pytestmark = pytest.mark.usefixtures("one_thread")
+
 CPU = torch.device("cpu")
 LR, MOMENTUM, DECAY, SMOOTHING = 0.3, 0.9, 0.05, 0.1
 COMPUTE = ComputeConfig()
 OPTIM = OptimConfig(momentum=MOMENTUM, weight_decay=DECAY, label_smoothing=SMOOTHING)
-
-
-@pytest.fixture(autouse=True)
-def one_thread() -> Iterator[None]:
-    """These sums are small: a second thread only waits, long where the machine is shared."""
-    threads = torch.get_num_threads()
-    torch.set_num_threads(1)
-    yield
-    torch.set_num_threads(threads)
 
 
 def small_model(drop_path: float = 0.0) -> nn.Module:

@@ -9,7 +9,6 @@ import shutil
 import signal
 import time
 from collections import Counter
-from collections.abc import Iterator
 from pathlib import Path
 from typing import Any
 
@@ -24,6 +23,8 @@ from pipeline.pictures import ShardsConfig
 from pipeline.plan import build_model, load_trained, prepare, read_run
 from pipeline.rundir import Out, RunDir, read_json
 from pipeline.shards import build
+
+pytestmark = pytest.mark.usefixtures("one_thread")
 
 EPOCHS, STEPS = 3, 3  # of the runs in processes of their own; 54 samples make 3 steps of 16
 # Of the runs of two ranks: nothing that is drawn may depend on the ranks.
@@ -208,15 +209,6 @@ def test_few_bad_samples_are_counted_for_all_ranks_and_training_goes_on(
 
 
 # --- train, in this process --------------------------------------------------------------------------------
-
-
-@pytest.fixture(autouse=True)
-def one_thread() -> Iterator[None]:
-    """These sums are small: a second thread only waits, long where the machine is shared."""
-    threads = torch.get_num_threads()
-    torch.set_num_threads(1)
-    yield
-    torch.set_num_threads(threads)
 
 
 def test_a_run_trains_alone_and_its_loss_falls(out: Out, mini_config: Any) -> None:

@@ -74,6 +74,7 @@ class DataConfig(Section):
     flip: Fraction = 0.5  # probability of a horizontal flip
     crop_pct: Annotated[float, Field(gt=0, le=1)] = 0.875  # at test: image_size / resized shorter side
     shuffle_block: Positive = 32_768  # samples shuffled together, in whole shards: fewer are read at a time
+    repeats: Positive = 1  # views of a picture in a global batch, of fewer pictures (arXiv 1901.09335)
     max_bad: Fraction = 0.001  # share of the train samples that may turn out unreadable in an epoch
     # Train samples from tars without a manifest instead, read by webdataset: see pipeline/stream.py for what
     # that costs. `shards` then gives the classes and the val samples.
@@ -104,6 +105,8 @@ class DataConfig(Section):
     def _samples_of_a_stream(self) -> "DataConfig":
         if (self.stream is None) != (self.stream_samples is None):
             raise ValueError("stream and stream_samples: expected both or none")
+        if self.stream and self.repeats > 1:
+            raise ValueError(f"repeats {self.repeats}: a stream gives each picture once; expected 1")
         return self
 
 

@@ -83,10 +83,12 @@ def train_loader(
             rank=rank,
             world=world,
             first_step=first_step,
+            repeats=data.repeats,
         )
     )
 
-    def read(i: int, numbers: list[float], image: Tensor) -> Outcome:
+    def read(view: int, numbers: list[float], image: Tensor) -> Outcome:
+        i = view % len(samples)
         outcome = Outcome(i, int(samples.label[i]), samples.shard_of(i).name)
         try:
             train_picture(read_sample(samples, i), numbers, data, image)
@@ -99,8 +101,8 @@ def train_loader(
     if any(is_url(shard.path) for shard in samples.shards):
         batches = _fetching_ahead(samples, order, batches)
 
-    def draw(ids: Sequence[int]) -> Draws:
-        return sample_draws(np.array(ids), PICTURE_DRAWS + draws, seed=config.seed, epoch=epoch)
+    def draw(views: Sequence[int]) -> Draws:
+        return sample_draws(np.array(views), PICTURE_DRAWS + draws, seed=config.seed, epoch=epoch)
 
     return load(batches, read, draw, side=data.image_size, threads=threads)
 
@@ -111,7 +113,7 @@ def _fetching_ahead(samples: Samples, order: EpochOrder, batches: Iterator[list[
     pool = ThreadPoolExecutor(1, thread_name_prefix="fetch")
     try:
         for ids in batches:
-            following = [s for s in order.shards_after(ids[0]) if s not in seen]
+            following = [s for s in order.shards_after(ids[0] % len(samples)) if s not in seen]
             seen.update(following)
             for number in following:
                 pool.submit(samples.fetch, number)  # what fails is told when a sample is read

@@ -75,20 +75,30 @@ class EpochOrder:
 
 
 def micro_batches(
-    order: EpochOrder, *, global_batch: int, micro_batch: int, rank: int, world: int, first_step: int = 0
+    order: EpochOrder,
+    *,
+    global_batch: int,
+    micro_batch: int,
+    rank: int,
+    world: int,
+    first_step: int = 0,
+    repeats: int = 1,
 ) -> Iterator[Ids]:
     """Sample numbers of this rank's micro-batches of an epoch, from step `first_step` on.
 
     A global batch is k micro-batches at fixed places; rank r of w takes the r-th w-th of them. So global
     batch and micro-batches are the same for every world size that divides k, and a resume is a slice.
+    repeats: views of each sample in a global batch, as far from one another as can be (repeated augmentation,
+    arXiv 1901.09335): an epoch has as many steps, of fewer samples. The number of view v of sample s is
+    s + v * len(order).
     """
     k = global_batch // micro_batch
     assert k % world == 0, f"{world} ranks cannot share {k} micro-batches"
-    share = k // world
+    share, distinct = global_batch // world, -(-global_batch // repeats)
+    views, places = np.divmod(np.arange(rank * share, (rank + 1) * share), distinct)
     for step in range(first_step, steps_per_epoch(len(order), global_batch)):
-        start = step * global_batch + rank * share * micro_batch
-        for i in range(share):
-            yield order.take(start + i * micro_batch, start + (i + 1) * micro_batch)
+        samples = order.take(step * distinct, (step + 1) * distinct)
+        yield from np.split(samples[places] + views * len(order), share // micro_batch)
 
 
 def eval_batches(samples: int, *, batch: int, rank: int, world: int) -> Iterator[Ids]:

@@ -350,6 +350,7 @@ CHANGED = {
     "data.flip": 0.25,
     "data.crop_pct": 0.9,
     "data.shuffle_block": 1000,
+    "data.repeats": 3,
     "data.max_bad": 0.01,
     "data.stream": "a data.stream_samples=9",  # both or none
     "data.stream_samples": "9 data.stream=b",

@@ -362,6 +362,20 @@ def epoch_0(samples: Samples, settings: Any, *, world: int = 1, threads: int = 0
     return list(chain(*ranks))
 
 
+def test_views_of_a_picture_are_cropped_and_augmented_each_by_itself(mini: Path, mini_config: Any) -> None:
+    """Repeated augmentation: eight pictures twice in a global batch of 16, the same for two ranks as for one."""
+    samples = read_manifest(mini).split("train")
+    one, two = (epoch_0(samples, mini_config(repeats=2), world=world) for world in (1, 2))
+    assert sorted(content(one)) == sorted(content(two))
+    first = one[:4]  # of the first step
+    order = EpochOrder(samples.shard_sizes, seed=0, epoch=0, block=32_768).take(0, 8).tolist()
+    assert np.concatenate([b.ids for b in first]).tolist() == [*order, *order]
+    assert all(b.labels.tolist() == samples.label[b.ids].tolist() for b in first)
+    images, draws = (torch.cat([getattr(b, key) for b in first]) for key in ("images", "draws"))
+    assert all(not torch.equal(images[i], images[i + 8]) for i in range(8))
+    assert all(not torch.equal(draws[i], draws[i + 8]) for i in range(8))
+
+
 @pytest.mark.parametrize("threads", [0, 2])
 def test_a_micro_batch_without_one_sample_ends_in_an_error_that_names_it(
     threads: int, own: Path, config: Any

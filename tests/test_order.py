@@ -1,6 +1,7 @@
 """The order of samples: one sequence of global batches, whatever shares it and wherever it is taken up."""
 
 import hashlib
+from collections import Counter
 
 import numpy as np
 import pytest
@@ -159,6 +160,32 @@ def test_a_sample_comes_at_most_once_an_epoch(
     ]
     assert len(drawn) == len(set(drawn)) == steps_per_epoch(samples, micro * k) * micro * k
     assert set(drawn) <= set(range(samples))
+
+
+@pytest.mark.parametrize("repeats", [2, 3, 4, 16, 100])
+def test_views_of_a_sample_lie_apart_in_one_global_batch(repeats: int) -> None:
+    """Repeated augmentation: as many steps an epoch, of fewer samples, the same for any world."""
+    order = order_of(0, 3, 50, (70, 63))
+    shape = {"global_batch": 16, "micro_batch": 4, "repeats": repeats}
+
+    def drawn(world: int, rank: int) -> list[list[int]]:
+        return [ids.tolist() for ids in micro_batches(order, rank=rank, world=world, **shape)]
+
+    steps = [sum(drawn(1, 0)[4 * step : 4 * step + 4], []) for step in range(8)]
+    assert len(drawn(1, 0)) == 4 * steps_per_epoch(133, 16) == 32
+    assert drawn(1, 0)[2::4] == drawn(4, 2)
+    seen: list[int] = []
+    for views in steps:
+        assert len(set(views)) == 16
+        counts = Counter(view % 133 for view in views)
+        assert max(counts.values()) == min(16, repeats)
+        assert len(counts) == -(-16 // repeats)
+        for sample, count in counts.items():
+            assert {sample + 133 * view for view in range(count)} <= set(views)
+        seen += counts
+    assert len(seen) == len(set(seen))
+    if repeats in (2, 4):
+        assert all(len({v % 133 for v in batch}) == 4 for batch in drawn(1, 0)), "views in one micro-batch"
 
 
 def test_epochs_and_seeds_differ_and_what_is_left_out_differs_too() -> None:

@@ -8,7 +8,7 @@ import sys
 import warnings
 from collections.abc import Sequence
 from pathlib import Path
-from typing import Annotated, Any
+from typing import Annotated, Any, Literal
 
 import typer
 
@@ -314,12 +314,28 @@ def tune(
     cpus_per_worker: Cpus = 1,
     gpus_per_worker: Gpus = 0,
     concurrent: Annotated[int, typer.Option(min=1, help="Trials at a time.")] = 1,
+    dry_run: Annotated[
+        bool, typer.Option("--dry-run", help="Print the points and what they cost; run nothing.")
+    ] = False,
+    tflops: Annotated[
+        float | None, typer.Option(metavar="X", help="TFLOP/s that a device reaches, for the estimate.")
+    ] = None,
+    budget: Annotated[
+        float | None, typer.Option(metavar="HOURS", help="Refuse a sweep of more device-hours.")
+    ] = None,
+    replace: Annotated[
+        bool, typer.Option("--replace", help="Forget the outcomes of a sweep that was another one.")
+    ] = False,
+    rerun: Annotated[
+        bool, typer.Option("--rerun", help="Run all trials anew; their old runs are set aside.")
+    ] = False,
     as_json: Json = False,
     out: OutOption = DEFAULT_OUT,
 ) -> None:
-    """Run a sweep under Ray Tune, every trial a Ray Train run. Called again, it continues.
+    """Run a sweep or a study under Ray Tune. Called again, it continues; what has ended does not run twice.
 
-    Overrides are for every trial (fields of the train recipe).
+    A trial with one worker trains in a process of its own, with several it is a Ray Train run. Overrides are
+    for every trial (fields of the train recipe).
     """
     from pipeline.config import load
     from pipeline.report import trial_rows
@@ -328,11 +344,54 @@ def tune(
 
     where, settings = _out(out), load(Sweep, "sweep", sweep)
     resources = _resources(workers, cpus_per_worker, gpus_per_worker)
-    ended, ran = tune_sweep(where, settings, resources, overrides=overrides or [], concurrent=concurrent)
+    if dry_run or budget is not None:
+        _preview(where, settings, resources, overrides or [], tflops, budget, as_json, show=dry_run)
+    if dry_run:
+        return
+    ended, ran = tune_sweep(
+        where,
+        settings,
+        resources,
+        overrides=overrides or [],
+        concurrent=concurrent,
+        replace=replace,
+        rerun=rerun,
+    )
     title = f"sweep {settings.name}{'' if ran else ' (complete already, reused)'}"
     _print_rows(trial_rows(where, ended), as_json, title=title)
+    print(f"report: {where.sweep(settings.name).report}", file=sys.stderr)
     if any(o.state == "failed" for o in ended):
         raise typer.Exit(1)
+
+
+@app.command()
+def report(
+    names: Annotated[list[str], typer.Argument(metavar="SWEEP|RUN...", help="A sweep, or some runs.")],
+    metric: Annotated[str | None, typer.Option(help="By default that of the sweep, or val/top1.")] = None,
+    baseline: Annotated[
+        str | None, typer.Option(metavar="'FIELD=VALUE ...'", help="The point to compare the others with.")
+    ] = None,
+    iso: Annotated[
+        Literal["params", "gflops"] | None,
+        typer.Option(
+            metavar="params|gflops", help="Compare each with the convolution net of about equal cost."
+        ),
+    ] = None,
+    as_json: Json = False,
+    out: OutOption = DEFAULT_OUT,
+) -> None:
+    """Mean, spread, 95 % interval, differences and cost of each point: as tables, for papers too, and plots."""
+    from pipeline.report import of_runs, of_sweep
+    from pipeline.study import parse_point
+    from pipeline.tables import plain, point_rows
+
+    where, point = _out(out), parse_point(baseline) if baseline else None
+    if len(names) == 1 and not where.run(names[0]).config.exists():
+        study, folder = of_sweep(where, names[0], metric=metric, baseline=point, iso=iso)
+    else:
+        study, folder = of_runs(where, names, metric=metric or "val/top1", baseline=point, iso=iso)
+    print(json.dumps(point_rows(study)) if as_json else plain(study, title=" ".join(names)))
+    print(f"report: {folder}", file=sys.stderr)
 
 
 @app.command()
@@ -490,10 +549,36 @@ def _print_rows(rows: Sequence[dict[str, Any]], as_json: bool, *, title: str) ->
     if as_json:
         print(json.dumps(rows))
         return
-    from pipeline.report import table
+    from pipeline.tables import table
 
     print(title)
     print(table(rows))
+
+
+def _preview(
+    out: Any,
+    sweep: Any,
+    resources: Any,
+    overrides: list[str],
+    tflops: float | None,
+    budget: float | None,
+    as_json: bool,
+    *,
+    show: bool,
+) -> None:
+    """Print what a sweep would run and cost; refuse wrong points, and more than the budget."""
+    from pipeline.preview import check_budget, preview, text
+    from pipeline.verbs import lay_out_sweep
+
+    layout = lay_out_sweep(out, sweep, resources, overrides)
+    found = preview(layout.sweep, layout.trials, out=out, resources=resources, tflops=tflops)
+    if show and as_json:
+        print(json.dumps({"points": found.rows, "total": found.total._asdict(), "faults": layout.faults}))
+    elif show:
+        print(text(found))
+    layout.check()
+    if budget is not None:
+        check_budget(found.total, budget)
 
 
 def _model_rows(name: str | None, settings: dict[str, Any]) -> list[dict[str, Any]]:

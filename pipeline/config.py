@@ -395,7 +395,11 @@ def _explain(schema: type[Section], fault: Any) -> str:
 
 def _fields(schema: type[Section], sections: Sequence[str]) -> list[str]:
     for section in sections:
-        annotation = schema.model_fields[section].annotation
-        nested = [annotation, *get_args(annotation)]
-        schema = next((t for t in nested if isinstance(t, type) and issubclass(t, Section)), Section)
+        if section in schema.model_fields:  # else the key of a mapping: its values are meant
+            nested = _types(schema.model_fields[section].annotation)
+            schema = next((t for t in nested if isinstance(t, type) and issubclass(t, Section)), Section)
     return list(schema.model_fields)
+
+
+def _types(annotation: Any) -> list[Any]:
+    return [annotation, *(found for part in get_args(annotation) for found in _types(part))]

@@ -1,8 +1,9 @@
 """What is running, as people see it: MLflow runs that follow the journals, and a count of epochs."""
 
 import logging
-from collections.abc import Iterator
+from collections.abc import Iterator, Sequence
 from contextlib import contextmanager
+from pathlib import Path
 from typing import Any
 
 from pipeline import tracking
@@ -10,10 +11,10 @@ from pipeline.config import Config, InputError, Preempted, digest, flat
 from pipeline.facts import system_facts
 from pipeline.manifest import Manifest
 from pipeline.metrics import Record
-from pipeline.progress import Update
-from pipeline.rundir import Out, RunDir, read_json
+from pipeline.progress import Say, Update
+from pipeline.rundir import Out, RunDir, SweepDir, read_json, write_json
 from pipeline.shipper import Shipper
-from pipeline.sweep import Outcome, Sweep
+from pipeline.sweep import Outcome, Sweep, Trial, name_of
 
 log = logging.getLogger("gsa")
 
@@ -30,12 +31,20 @@ SHOWN = {
 class Epochs:
     """Progress in epochs over all runs, from the records of their journals."""
 
-    def __init__(self, configs: dict[RunDir, Config], update: Update) -> None:
-        self.epochs = {run: c.optim.epochs for run, c in configs.items()}
-        self.update, self.total, self.text = update, sum(self.epochs.values()), "starting Ray"
-        self.done = dict.fromkeys(configs, 0.0)
+    def __init__(self, update: Update, total: int, rows: dict[str, str] | None = None) -> None:
+        """rows: of a table of the runs under way, kept up here."""
+        self.update, self.total, self.text = update, total, "starting Ray"
+        self.rows = {} if rows is None else rows
+        self.labels: dict[RunDir, str] = {}
+        self.epochs: dict[RunDir, int] = {}
+        self.done: dict[RunDir, float] = {}
         self.ended: set[RunDir] = set()
         self._show()
+
+    def start(self, run: RunDir, config: Config, label: str) -> None:
+        self.epochs[run], self.done[run], self.labels[run] = config.optim.epochs, 0.0, label
+        self.rows[label] = "starting"
+        self.ended.discard(run)
 
     def read(self, run: RunDir, records: list[Record]) -> None:
         """Take in the new records of a run."""
@@ -43,8 +52,9 @@ class Epochs:
             return
         last = records[-1]
         self.done[run] = last.epoch
-        shown = {SHOWN[key]: value for key, value in last.metrics.items() if key in SHOWN}
-        text = " ".join(f"{key} {value:.4g}" for key, value in {"step": last.step, **shown}.items())
+        values = {SHOWN[key]: value for key, value in last.metrics.items() if key in SHOWN}
+        text = " ".join(f"{key} {value:.4g}" for key, value in {"step": last.step, **values}.items())
+        self.rows[self.labels[run]] = f"epoch {last.epoch:.3g}/{self.epochs[run]} {text}"
         self.text = f"{run.name} {text}" if len(self.done) > 1 else text
         self._show()
 
@@ -52,6 +62,12 @@ class Epochs:
         """Nothing more comes of a run, be it stopped early."""
         self.ended.add(run)
         self.done[run] = self.epochs[run]
+        self.rows.pop(self.labels[run], None)
+        self._show()
+
+    def skip(self, epochs: int) -> None:
+        """Epochs that were trained before."""
+        self.total -= epochs
         self._show()
 
     def _show(self) -> None:
@@ -67,8 +83,9 @@ class Mirror:
         self.open: set[RunDir] = set()
         self.parent: str | None = None
 
-    def start(self, run: RunDir, config: Config, *, tags: dict[str, str]) -> None:
+    def start(self, run: RunDir, config: Config, *, tags: dict[str, str], label: str = "") -> None:
         """Mirror a run from now on, below the sweep if there is one; without MLflow it goes on unmirrored."""
+        self.epochs.start(run, config, label or run.name)
         facts = read_json(run.facts)
         shown = {
             "gsa.shards_digest": facts["shards_digest"],
@@ -103,25 +120,72 @@ class Mirror:
             self.open.remove(run)
             self.shipper.finish(run, status)
 
-    def start_sweep(self, sweep: Sweep, names: list[str]) -> None:
-        """One parent run for the trials that start from now on."""
-        values = {k: v for k, v in sweep.model_dump(mode="json").items() if k != "parameters"}
+    def start_sweep(self, sweep: Sweep, folder: SweepDir, shards_digest: str) -> None:
+        """One parent run for the trials that start from now on; the same one when a sweep goes on."""
+        values = sweep.model_dump(mode="json", exclude_none=True)
+        fixed = [getattr(sweep, field) for field in ("name", "train", "sampler", "metric")]
         self.parent = tracking.start_run(
             self.client,
             self.experiment,
             name=f"sweep {sweep.name}",
-            key=f"sweep-{sweep.name}-{digest(sorted(names))}",
-            params={**values, **sweep.parameters},
-            tags={**system_facts(), "gsa.trials": str(len(names))},
-            description=f"Sweep `{sweep.name}`: {len(names)} trials, best by {sweep.metric}",
+            key=f"sweep-{sweep.name}-{digest([*fixed, shards_digest])}",
+            params={**values, **values.pop("parameters")},
+            tags={**system_facts(), "gsa.trials": str(sweep.size)},
+            description=f"Sweep `{sweep.name}`: up to {sweep.size} trials, best by {sweep.metric}; those that "
+            f"ran in another sweep before have the tag `gsa.sweep.{sweep.name}`. Folder `{folder.path}`",
         )
+        write_json(folder.tracking, {"run_id": self.parent})
 
-    def end_sweep(self, winner: Outcome) -> None:
+    def list_in(self, sweep: str, run: RunDir) -> None:
+        """A run of another sweep belongs to this one too: by tag, since MLflow knows one parent."""
+        if not run.tracking.exists():
+            return
+        try:
+            self.client.set_tag(read_json(run.tracking)["run_id"], f"gsa.sweep.{sweep}", "reused")
+        except Exception as error:  # a mirror may fail
+            log.warning("not tagged run=%s error=%s", run.name, tracking.one_line(error))
+
+    def end_sweep(self, winner: Outcome, files: Sequence[Path]) -> None:
         """The parent shows the best trial's metrics: collapsed, it would have no curve and no figure."""
         assert self.parent
         tags = {"gsa.best_run": winner.run}
+        tracking.log_files(self.client, self.parent, files)
         tracking.end_run(self.client, self.parent, "FINISHED", winner.metrics, step=winner.epoch, tags=tags)
         self.parent = None
+
+
+class Board:
+    """The trials of a sweep, on the terminal and in MLflow: what `tune.search` tells of them."""
+
+    def __init__(self, mirror: Mirror, sweep: Sweep, say: Say) -> None:
+        self.mirror, self.sweep, self.say = mirror, sweep, say
+
+    def start(self, trial: Trial) -> None:
+        tags = {"gsa.sweep": self.sweep.name, f"gsa.sweep.{self.sweep.name}": "run"}
+        self.mirror.start(trial.plan.run, trial.plan.config, tags=tags, label=_label(trial))
+
+    def end(self, trial: Trial, outcome: Outcome) -> None:
+        self.mirror.end(trial.plan.run, "FAILED" if outcome.state == "failed" else "FINISHED")
+        self._told(trial, outcome, outcome.state)
+
+    def reuse(self, trial: Trial, outcome: Outcome, *, recorded: bool) -> None:
+        run = trial.plan.run
+        self.mirror.epochs.skip(trial.plan.config.optim.epochs)
+        if not (run.tracking.exists() and "status" in read_json(run.tracking)):  # its driver was killed
+            self.start(trial)
+            self.mirror.end(run, "FINISHED")
+        if not recorded:
+            self.mirror.list_in(self.sweep.name, run)
+            self._told(trial, outcome, f"{outcome.state} before")
+
+    def _told(self, trial: Trial, outcome: Outcome, state: str) -> None:
+        value = outcome.metrics.get(self.sweep.metric)
+        reached = "" if value is None else f", {self.sweep.metric} {value:.4f} at epoch {outcome.epoch}"
+        self.say(f"{_label(trial)}: {state}{reached}  ({outcome.run})")
+
+
+def _label(trial: Trial) -> str:
+    return f"{name_of(trial.point)} seed={trial.seed}"
 
 
 @contextmanager

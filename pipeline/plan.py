@@ -4,12 +4,15 @@ import io
 import logging
 import math
 from collections.abc import Sequence
+from functools import lru_cache
 from pathlib import Path
+from typing import NamedTuple
 
 import torch
 from torch import Tensor
 
 from gsa_models import create_model, model_cost, parse_components, parse_placement
+from gsa_models.cost import Cost
 from gsa_models.resnet import ResNet
 from gsa_models.resolution import resize_positions
 from gsa_models.zoo import ARCHITECTURES
@@ -17,7 +20,9 @@ from pipeline import checkpoint, order
 from pipeline.config import (
     Config,
     ConfigError,
+    DataConfig,
     InputError,
+    OptimConfig,
     dump,
     fingerprint,
     read_yaml,
@@ -31,30 +36,30 @@ from pipeline.rundir import Out, RunDir, read_json, write_atomic, write_json
 log = logging.getLogger("gsa")
 
 
+class Plan(NamedTuple):
+    """A run that could be made: its folder, and what would be in it. config is in its canonical spelling."""
+
+    run: RunDir
+    config: Config
+    manifest: Manifest
+    cost: Cost
+    fingerprint: str
+    first: ResNet | None  # with the first weights, where the config names some
+
+
 def prepare(out: Out, config: Config) -> RunDir:
     """The folder of the run that a config stands for, made if need be: the same config, the same run.
 
     Raises InputError: no such shards, settings that make no network, a batch above the train split.
     """
-    manifest = read_manifest(out.shards(config.data.shards))
-    network = build_model(config, len(manifest.classes), device="meta")
-    config = _canonical(config)
-    try:
-        order.steps_per_epoch(train_samples(config, manifest), config.optim.global_batch)
-    except ValueError as error:
-        raise ConfigError(str(error)) from None
-    if config.data.stream:
-        local_tars(config.data.stream)
-    if not len(manifest.split("val")):
-        raise ConfigError(f"{manifest.folder}: no val samples to evaluate on; next: make a set with some")
-    first = _initial(out, config, manifest.classes) if config.init else None
-    key = fingerprint(config, manifest.digest, _weights_digest(first) if first else None)
-    run = out.run(f"{config.model.name}-{key[:10]}")
+    return make(plan(out, config))
+
+
+def make(planned: Plan) -> RunDir:
+    """The folder of a planned run, with its settings and facts in it."""
+    run, config, manifest, cost, key, first = planned
     place = str(manifest.folder.absolute())
     if not run.facts.exists() or read_json(run.facts)["shards"] != place:  # a new run, or moved shards
-        for size in {config.data.image_size, size_at(config, 0), config.data.eval_size}:
-            _check_micro_batch(at_size(config, size), len(manifest.classes))
-        cost = model_cost(network, config.data.image_size)
         run.logs.mkdir(parents=True, exist_ok=True)
         if first:
             buffer = io.BytesIO()
@@ -71,6 +76,47 @@ def prepare(out: Out, config: Config) -> RunDir:
         }
         write_json(run.facts, facts)
     return run
+
+
+def plan(out: Out, config: Config) -> Plan:
+    """What a config stands for, checked to the end on the meta device; nothing is written.
+
+    Raises InputError: no such shards, settings that make no network, a batch above the train split.
+    """
+    manifest = read_manifest(out.shards(config.data.shards))
+    cost = _checked_cost(_model_part(config), len(manifest.classes))
+    config = _canonical(config)
+    try:
+        order.steps_per_epoch(train_samples(config, manifest), config.optim.global_batch)
+    except ValueError as error:
+        raise ConfigError(str(error)) from None
+    if config.data.stream:
+        local_tars(config.data.stream)
+    if not len(manifest.split("val")):
+        raise ConfigError(f"{manifest.folder}: no val samples to evaluate on; next: make a set with some")
+    first = _initial(out, config, manifest.classes) if config.init else None
+    key = fingerprint(config, manifest.digest, _weights_digest(first) if first else None)
+    run = out.run(f"{config.model.name}-{key[:10]}")
+    return Plan(run, config, manifest, cost, key, first)
+
+
+def _model_part(config: Config) -> Config:
+    """What the network and its cost depend on; all else as by default. Many points of a sweep share it."""
+    sizes = ("image_size", "test_size", "start_size")
+    return Config(
+        model=config.model,
+        data=DataConfig(**{name: getattr(config.data, name) for name in sizes}),
+        optim=OptimConfig(micro_batch=config.optim.micro_batch, global_batch=config.optim.micro_batch),
+    )
+
+
+@lru_cache(maxsize=1024)
+def _checked_cost(config: Config, classes: int) -> Cost:
+    """Of a network that can be built, and trained in micro-batches of that size. ConfigError if not."""
+    network = build_model(config, classes, device="meta")
+    for size in {config.data.image_size, size_at(config, 0), config.data.eval_size}:
+        _check_micro_batch(at_size(config, size), classes)
+    return model_cost(network, config.data.image_size)
 
 
 def train_samples(config: Config, manifest: Manifest) -> int:

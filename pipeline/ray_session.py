@@ -31,6 +31,7 @@ _USE = {
     "RAY_TRAIN_WORKER_HEALTH_CHECK_TIMEOUT_S": "30",  # 600 by default: too long for a frozen worker
     "TORCH_PROCESS_GROUP_SHUTDOWN_TIMEOUT_S": "5",  # 30 by default: a frozen worker never answers
     "TUNE_DISABLE_AUTO_CALLBACK_LOGGERS": "1",
+    "TUNE_GLOBAL_CHECKPOINT_S": "1000000",  # Tune's own state, of all trials each time: we never read it
     "TUNE_DISABLE_SIGINT_HANDLER": "1",  # Tune would end the sweep at Ctrl-C as if it were complete
     "RAY_AIR_NEW_OUTPUT": "0",  # the new one prints a banner whatever `verbose` says
 }
@@ -60,7 +61,7 @@ def session(*, cpus: int) -> Iterator[None]:
             yield
         return
     folder = Path(tempfile.mkdtemp(prefix=TEMPORARY))
-    with _reaper(folder), _environment(_private_environment(folder)):
+    with _reaper(folder), environment(_private_environment(folder)):
         import ray  # not before: it reads the environment once
 
         try:
@@ -93,7 +94,7 @@ def _joined(address: str) -> Iterator[None]:
     # our run is dead.
     settings = {"env_vars": {**use, "RAY_ADDRESS": address}}
     token = {"RAY_AUTH_TOKEN", "RAY_AUTH_TOKEN_PATH"} & set(os.environ)
-    with _environment({**use, **({"RAY_AUTH_MODE": "token"} if token else {})}):
+    with environment({**use, **({"RAY_AUTH_MODE": "token"} if token else {})}):
         import ray  # not before: it reads the environment once
 
         try:
@@ -132,7 +133,8 @@ def _private_environment(folder: Path) -> dict[str, str]:
 
 
 @contextlib.contextmanager
-def _environment(values: dict[str, str]) -> Iterator[None]:
+def environment(values: dict[str, str]) -> Iterator[None]:
+    """Variables of this process, for as long as the block runs."""
     before = dict(os.environ)
     os.environ.update(values)
     try:

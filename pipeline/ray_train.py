@@ -161,7 +161,8 @@ def _persist(run: RunDir, trainer: Callable[[], Any]) -> tuple[str, str] | None:
                 raise mendable from None
             if _newest(run) == before:
                 raise TrainingFailed(_told(run, error, since=started)) from None
-            log.warning("ray run lost, another follows run=%s newest=%s error=%s", run.name, before, error)
+            reason, _ = _reason(run, error, since=started)
+            log.warning("ray run lost, another follows run=%s newest=%s: %s", run.name, before, reason)
 
 
 def _newest(run: RunDir) -> str:
@@ -171,21 +172,27 @@ def _newest(run: RunDir) -> str:
 
 def _told(run: RunDir, error: Any, *, since: float) -> str:
     """Why training has failed, in one message."""
-    deaths = [death for death in _deaths(run) if death["time"] >= since]
+    reason, rank = _reason(run, error, since=since)
     head = f"run {run.name}: training failed at checkpoint {_newest(run)}"
+    if rank is None:
+        return (
+            f"{head}: {reason}; logs: {run.logs}; "
+            "next: the same command continues once the cluster has room for its workers"
+        )
+    log_file = run.logs / _log_name(rank)
+    return f"{head} {reason}; log: {log_file}; next: see its end; the same command continues"
+
+
+def _reason(run: RunDir, error: Any, *, since: float) -> tuple[str, int | None]:
+    """One line on why a Ray run has ended, and the rank that died last, if one did."""
+    deaths = [death for death in _deaths(run) if death["time"] >= since]
     if not deaths:
         said = str(getattr(error, "controller_failure", error)).strip()
-        return (
-            f"{head}: {said.splitlines()[0] if said else type(error).__name__}; "
-            f"logs: {run.logs}; next: the same command continues once the cluster has room for its workers"
-        )
+        return (said.splitlines()[0] if said else type(error).__name__), None
     times = Counter(f"rank {death['rank']} on {death['node']}" for death in deaths)
     who = ", ".join(f"{name} {n} time{'s' if n > 1 else ''}" for name, n in times.most_common())
     last = deaths[-1]
-    return (
-        f"{head} after the death of {who}; the last, of rank {last['rank']}: {last['cause']}; "
-        f"log: {run.logs / _log_name(last['rank'])}; next: see its end; the same command continues"
-    )
+    return f"after the death of {who}; the last, of rank {last['rank']}: {last['cause']}", last["rank"]
 
 
 # --- deaths ------------------------------------------------------------------------------------------------
@@ -308,37 +315,51 @@ def _work(settings: dict[str, Any]) -> tuple[str, str] | None:
             os._exit(1)
         return run.stop.exists()
 
+    with rank_log(run, rank):
+        log.info(
+            "worker rank=%d world=%d node=%s pid=%d",
+            *(rank, context.get_world_size(), node, os.getpid()),
+        )
+        if settings["chaos_s"]:
+            from pipeline.chaos import die_at_random
+
+            die_at_random(run, rank, settings["chaos_s"] * context.get_world_size())
+        try:
+            train(
+                run,
+                report=lambda metrics: ray.train.report(dict(metrics)),
+                loader_threads=settings["loader_threads"],
+                save_every_s=settings["save_every_s"],
+                profile=settings["profile"],
+                stop=stop,
+            )
+        except Preempted as error:
+            return STOPPED, str(error)
+        except (FloatingPointError, TooManyBad) as error:
+            return "failed", str(error)
+        except Exception:
+            log.exception("worker failed rank=%d", rank)
+            raise
+    return None
+
+
+@contextlib.contextmanager
+def rank_log(run: RunDir, rank: int) -> Iterator[None]:
+    """What a rank says goes to a file of the run, and the stack of a crash in C too."""
     handler = logging.FileHandler(run.logs / _log_name(rank))
     handler.setFormatter(logging.Formatter("%(asctime)s %(levelname)s %(message)s"))
+    level = log.level
     log.addHandler(handler)
     log.setLevel(logging.INFO)
-    log.info(
-        "worker rank=%d world=%d node=%s pid=%d",
-        *(rank, context.get_world_size(), node, os.getpid()),
-    )
     assert handler.stream
-    faulthandler.enable(handler.stream)  # a crash in C leaves its stack there
-    if settings["chaos_s"]:
-        from pipeline.chaos import die_at_random
-
-        die_at_random(run, rank, settings["chaos_s"] * context.get_world_size())
+    faulthandler.enable(handler.stream)
     try:
-        train(
-            run,
-            report=lambda metrics: ray.train.report(dict(metrics)),
-            loader_threads=settings["loader_threads"],
-            save_every_s=settings["save_every_s"],
-            profile=settings["profile"],
-            stop=stop,
-        )
-    except Preempted as error:
-        return STOPPED, str(error)
-    except (FloatingPointError, TooManyBad) as error:
-        return "failed", str(error)
-    except Exception:
-        log.exception("worker failed rank=%d", rank)
-        raise
-    return None
+        yield
+    finally:
+        faulthandler.disable()
+        log.setLevel(level)
+        log.removeHandler(handler)
+        handler.close()
 
 
 def _mendable(error: Any) -> InputError | None:

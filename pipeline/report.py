@@ -1,37 +1,69 @@
-"""Rows -> tables for people: the trials of a sweep, the summary of a workflow."""
+"""What a sweep, some runs, or a workflow came to: written as tables and plots, and told."""
 
-import io
 import shlex
 from collections.abc import Sequence
+from pathlib import Path
 from typing import Any
 
-from rich.box import SIMPLE
-from rich.console import Console
-from rich.markup import escape
-from rich.table import Table
-
-from pipeline.config import Config, read_yaml, validate
+from pipeline import tables, tracking
+from pipeline.config import Config, InputError, digest, read_yaml, validate
 from pipeline.rundir import Out, read_json, write_atomic
-from pipeline.sweep import Outcome
+from pipeline.study import Cost, Study, outcomes_of, read_runs
+from pipeline.study import study as make_study
+from pipeline.sweep import Outcome, Point, Sweep, outcomes
+from pipeline.sweep import read as read_sweep
+from pipeline.tables import table
 
 
-def table(rows: Sequence[dict[str, Any]]) -> str:
-    """Rows with the same keys as a table of plain text; numbers to the right."""
-    if not rows:
-        return "(nothing)"
-    grid = Table(box=SIMPLE, pad_edge=False)
-    for key in rows[0]:
-        numeric = all(isinstance(row[key], int | float) for row in rows)
-        grid.add_column(key, justify="right" if numeric else "left", overflow="fold")
-    for row in rows:
-        grid.add_row(*(escape(_cell(value)) for value in row.values()))
-    text = io.StringIO()
-    Console(file=text, width=160).print(grid)
-    return text.getvalue().strip("\n")
+def of_sweep(
+    out: Out, name: str, *, metric: str | None = None, baseline: Point | None = None, iso: Cost | None = None
+) -> tuple[Study, Path]:
+    """The study of a sweep, written into its folder and to its run in MLflow."""
+    folder = out.sweep(name)
+    sweep, ended = read_sweep(folder), list(outcomes(folder).values())
+    if not ended:
+        raise InputError(f"sweep {name}: no trial has ended yet; next: gsa tune {name}")
+    study, files = write_study(out, sweep, ended, metric=metric, baseline=baseline, iso=iso)
+    if folder.tracking.exists():
+        client = tracking.open_store(out.tracking_uri, out.artifacts)
+        tracking.log_files(client, read_json(folder.tracking)["run_id"], files)
+    return study, folder.report
+
+
+def of_runs(
+    out: Out, names: Sequence[str], *, metric: str, baseline: Point | None = None, iso: Cost | None = None
+) -> tuple[Study, Path]:
+    """The study of some runs, written below OUT/reports."""
+    runs = read_runs(out, outcomes_of(out, names))
+    study = make_study(runs, metric=metric, baseline=baseline, iso=iso)
+    folder = out.root / "reports" / digest(sorted(run.outcome.run for run in runs))
+    tables.write(study, folder, title=f"{len(runs)} runs")
+    return study, folder
+
+
+def write_study(
+    out: Out,
+    sweep: Sweep,
+    ended: Sequence[Outcome],
+    *,
+    metric: str | None = None,
+    baseline: Point | None = None,
+    iso: Cost | None = None,
+) -> tuple[Study, list[Path]]:
+    """Of the runs on the shards of the last one: a sweep may have gone on with others."""
+    runs = [run for run in read_runs(out, [o for o in ended if out.run(o.run).config.exists()]) if run.last]
+    runs = [run for run in runs if run.facts["shards_digest"] == runs[-1].facts["shards_digest"]]
+    mode = sweep.mode if metric in (None, sweep.metric) else "min" if "loss" in str(metric) else "max"
+    study = make_study(
+        runs, metric=metric or sweep.metric, mode=mode, baseline=baseline or sweep.baseline, iso=iso
+    )
+    return study, tables.write(study, out.sweep(sweep.name).report, title=f"Sweep {sweep.name}")
 
 
 def trial_rows(out: Out, ended: Sequence[Outcome]) -> list[dict[str, Any]]:
     """What the trials of a sweep cost and reached, in their order."""
+    fields = list(dict.fromkeys(field for outcome in ended for field in outcome.point))
+    seeds = {outcome.seed for outcome in ended}
     rows = []
     for outcome in ended:
         run = out.find_run(outcome.run)
@@ -39,8 +71,8 @@ def trial_rows(out: Out, ended: Sequence[Outcome]) -> list[dict[str, Any]]:
         rows.append(
             {
                 "run": outcome.run,
-                "placement": config.model.placement,
-                "lr": config.optim.lr,
+                **{field: outcome.point.get(field) for field in fields},
+                **({"seed": outcome.seed} if len(seeds) > 1 else {}),
                 "params": facts["params"],
                 "GFLOPs": round(facts["gflops"], 4),
                 "epochs": f"{outcome.epoch}/{config.optim.epochs}",
@@ -80,9 +112,3 @@ def summary(out: Out, workflow: Any, outputs: dict[str, dict[str, Any]]) -> str:
     text = "\n".join(lines)
     write_atomic(folder / "summary.txt", text + "\n")
     return text
-
-
-def _cell(value: Any) -> str:
-    if isinstance(value, int) and not isinstance(value, bool):
-        return f"{value:,}"
-    return "-" if value is None else str(value)

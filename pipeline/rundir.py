@@ -100,9 +100,19 @@ class SweepDir:
         return self.path / "sweep.yaml"
 
     @property
+    def points(self) -> Path:
+        """The points that a sampler has thought of, in turn: a JSON record a line."""
+        return self.path / "points.jsonl"
+
+    @property
     def outcomes(self) -> Path:
-        """{fingerprint of a trial: its outcome}, written whenever a trial ends."""
-        return self.path / "outcomes.json"
+        """A JSON record a line, whenever a trial ends; of several of a run the last counts."""
+        return self.path / "outcomes.jsonl"
+
+    @property
+    def report(self) -> Path:
+        """Tables and plots."""
+        return self.path / "report"
 
     @property
     def tracking(self) -> Path:
@@ -190,15 +200,19 @@ def read_json(path: Path) -> Any:
         raise InputError(f"{path}: cannot be read: {error}") from None
 
 
+class InUse(InputError):
+    """Another process writes there."""
+
+
 @contextmanager
 def hold(lock: Path, what: str) -> Iterator[None]:
-    """Hold a lock file: two processes would write over each other. InputError if another has it."""
+    """Hold a lock file: two processes would write over each other. InUse if another has it."""
     lock.parent.mkdir(parents=True, exist_ok=True)
     try:
         with FileLock(lock, timeout=0):
             yield
     except Timeout:
-        raise InputError(f"{what} is in use by another process (lock {lock}); next: wait for it") from None
+        raise InUse(f"{what} is in use by another process (lock {lock}); next: wait for it") from None
 
 
 def _names(folder: Path) -> str:

@@ -157,6 +157,8 @@ class Shipper:
             followed.saved = dict(followed.watermark)
         if ending:
             self._client.set_terminated(followed.run_id, *ending)
+            state = {"run_id": followed.run_id, "watermark": followed.watermark, "status": ending[0]}
+            write_json(followed.run.tracking, state)
             followed.ending = None
             with self._lock:
                 if self._followed.get(followed.run.path) is followed:

@@ -119,8 +119,6 @@ def start_run(
     assert "'" not in key, key
     owner = {"gsa.key": key, "gsa.host": socket.gethostname(), "gsa.pid": str(os.getpid())}
     all_tags = {**tags, **owner, "mlflow.user": psutil.Process().username(), "mlflow.source.name": "gsa"}
-    if parent:
-        all_tags["mlflow.parentRunId"] = parent
     if description:
         all_tags["mlflow.note.content"] = description
     if code := code_state():
@@ -129,6 +127,10 @@ def start_run(
     # On a server no lock is ours; there the lock of the run folder keeps a second process away.
     with _locked(database) if database else contextlib.nullcontext(), _explained(f"MLflow run {name}"):
         found = client.search_runs([experiment_id], f"tags.`gsa.key` = '{key}'", max_results=1)
+        if parent and not (
+            found and "mlflow.parentRunId" in found[0].data.tags
+        ):  # a run keeps its first parent
+            all_tags["mlflow.parentRunId"] = parent
         run = found[0] if found else client.create_run(experiment_id, run_name=name, tags=all_tags)
         run_id = str(run.info.run_id)
         if found:

@@ -268,7 +268,8 @@ class _Loop:
             self.state.sums, self.lost = sums, lost
             self._save()
             raise
-        result = {**trained, **evaluated, "perf/epoch_s": time.monotonic() - self.started}
+        measured = {"perf/epoch_s": time.monotonic() - self.started, "perf/world": float(self.place.world)}
+        result = {**trained, **evaluated, **measured}
         self.last, self.epochs, self.lost = result, self.epochs + 1, 0.0
         self._record({**result, **(self._probe() if self.place.rank == 0 else {})})
         self._save(score=result.get("val_ema/top1", result["val/top1"]))

@@ -1,152 +1,329 @@
-"""Trials under Ray Tune: each trial a Ray Train run; what has ended is not run again."""
+"""Trials under Ray Tune; what has ended is not run again, whoever was killed in between."""
 
+import contextlib
 import logging
 import shutil
-from collections.abc import Callable, Sequence
+import time
+from collections.abc import Callable, Iterator
 from pathlib import Path
-from typing import Any
+from typing import Any, Protocol
 
 from pipeline import metrics
-from pipeline.config import Resources
-from pipeline.ray_train import check_room, fit
-from pipeline.rundir import RunDir, SweepDir, write_atomic, write_json
-from pipeline.sweep import Outcome, State, Sweep, Trial, ended_trials
+from pipeline.config import InputError, Resources, TrainingFailed
+from pipeline.metrics import epoch_records
+from pipeline.plan import make
+from pipeline.ray_session import environment
+from pipeline.ray_train import check_room, fit, loader_threads, rank_log
+from pipeline.rundir import InUse, RunDir, SweepDir, hold, write_atomic
+from pipeline.samplers import Source
+from pipeline.sweep import Outcome, State, Sweep, Trial, outcomes, record
+
+RETRIES = 3  # of a trial whose own process has died; its workers are restarted beside that
+IN_USE_S = 1.0  # between looks at a run that another process trains
 
 log = logging.getLogger("gsa")
 
-OnStart = Callable[[Trial], None]
-OnEnd = Callable[[Trial, Outcome], None]
+Report = Callable[[dict[str, Any]], None]  # metrics of an epoch, "epoch" among them
+Work = Callable[[RunDir, Resources, Report], None]
+
+
+class Hooks(Protocol):
+    """What is told, in this process, of each trial: that it starts, that it has ended, that it need not run.
+
+    recorded: that this sweep knew of it already.
+    """
+
+    def start(self, trial: Trial) -> None: ...
+    def end(self, trial: Trial, outcome: Outcome) -> None: ...
+    def reuse(self, trial: Trial, outcome: Outcome, *, recorded: bool) -> None: ...
 
 
 def search(
     sweep: Sweep,
     folder: SweepDir,
-    trials: Sequence[Trial],
+    source: Source,
     *,
     resources: Resources,
     concurrent: int,
-    on_start: OnStart,
-    on_end: OnEnd,
+    hooks: Hooks,
 ) -> list[Outcome]:
-    """Run all trials under Ray Tune, `concurrent` at a time; returns their outcomes in the trials' order.
+    """Run all trials of a source under Ray Tune, `concurrent` at a time; each outcome is recorded once.
 
-    Needs `ray_session.session`. Ended trials of an earlier, interrupted call only tell the scheduler what
-    they had reported. The hooks are called in this process.
+    Needs `ray_session.session`. A trial that ended in an earlier, interrupted call, or in another sweep, only
+    tells the scheduler what it had reported. One worker trains in the process of the trial; several under
+    Ray Train.
     """
     from ray import tune
 
     check_room(resources)
-    names = {t.run.name for t in trials}  # outcomes on other shards or of another sweep file are forgotten
-    ended = {name: o for name, o in ended_trials(folder).items() if name in names}
     storage = folder.path / "ray"
     shutil.rmtree(storage, ignore_errors=True)  # of a killed driver: our own outcomes are the record
-    space = {
-        "run": tune.grid_search([str(t.run.path) for t in trials]),
-        "ended": {str(t.run.path): ended[t.run.name].epoch for t in trials if t.run.name in ended},
-        "resources": resources.model_dump(),
-    }
-    recorder = _recorder(folder, trials, ended, on_start, on_end)
+    scheduler = _scheduler(sweep)
+    feed = _feed(sweep, folder, source, hooks, scheduler, concurrent)
+    work = train_run  # Ray sends it to the trials
+    alone = resources.span == (1, 1)
+    share = {"CPU": resources.cpus_per_worker, "GPU": resources.gpus_per_worker} if alone else {"CPU": 0.01}
+    values = resources.model_dump()
     tuner = tune.Tuner(
-        tune.with_resources(_trial, {"CPU": 0.01}),  # the workers hold the real ones
-        param_space=space,
-        tune_config=tune.TuneConfig(scheduler=_scheduler(sweep, trials), max_concurrent_trials=concurrent),
+        tune.with_resources(lambda settings: _trial(settings, Resources(**values), work), share),
+        tune_config=tune.TuneConfig(
+            search_alg=feed,
+            scheduler=scheduler,
+            num_samples=-1,  # the source knows its end
+            reuse_actors=alone,  # else the trainer of a trial that was stopped would hold it
+        ),
         run_config=tune.RunConfig(
             name=sweep.name,
             storage_path=str(storage),
             verbose=0,
-            callbacks=[recorder],
+            failure_config=tune.FailureConfig(max_failures=RETRIES),
+            callbacks=[_recorder(feed)],
         ),
     )
     try:
-        tuner.fit()
+        # All at once: else a trial that waits for its new process gets that of the one before, and runs alone.
+        with environment({"TUNE_MAX_PENDING_TRIALS_PG": str(concurrent)}):
+            tuner.fit()
     finally:
         shutil.rmtree(storage, ignore_errors=True)
-    for trial in trials:
-        if trial.run.name in recorder.ended and recorder.ended[trial.run.name].state == "failed":
-            log.error("trial failed run=%s reason=%s", trial.run.name, trial.run.error)
-    lost = [t.run.name for t in trials if t.run.name not in recorder.ended]
-    if lost:
-        raise RuntimeError(f"sweep {sweep.name}: Tune returned without an outcome of {', '.join(lost)}")
-    return [recorder.ended[t.run.name] for t in trials]
+    if not source.exhausted or feed.open:
+        lost = ", ".join(trial.plan.run.name for trial in feed.open.values())
+        raise RuntimeError(f"sweep {sweep.name}: Tune returned without an outcome of {lost or 'all points'}")
+    return list(feed.found)
 
 
-def _scheduler(sweep: Sweep, trials: Sequence[Trial]) -> Any:
-    from ray.tune.schedulers import ASHAScheduler
+def settled(folder: SweepDir, source: Source) -> list[Outcome] | None:
+    """The outcomes of all trials of a source, recorded; None if one must run. It uses the source up to there."""
+    recorded, found = outcomes(folder), []
+    while trial := source.next():
+        known = known_outcome(trial, recorded.get(trial.plan.run.name))
+        if known is None:
+            return None
+        if known != recorded.get(known.run):
+            record(folder, known)
+        found.append(known)
+        source.tell(trial, known)
+    return found
 
-    if sweep.asha is None:
-        return None
-    return ASHAScheduler(
-        time_attr="epoch",  # not Tune's own iterations: a continued trial starts those anew
-        metric=sweep.metric,
-        mode=sweep.mode,
-        max_t=max(t.config.optim.epochs for t in trials) + 1,  # the last epoch ends by itself
-        grace_period=sweep.asha.grace_epochs,
-        reduction_factor=sweep.asha.reduction,
-    )
+
+def known_outcome(trial: Trial, recorded: Outcome | None) -> Outcome | None:
+    """How a trial has ended already: in this sweep, as recorded, or to its end elsewhere. Not if it failed."""
+    if recorded and recorded.state == "stopped" and trial.plan.run.metrics.exists():
+        return recorded
+    return outcome_of(trial, "finished") if trial.plan.run.result.exists() else None
 
 
-def _trial(settings: dict[str, Any]) -> None:
-    """What a trial's own process runs: it reports to Tune, its Train workers do the work."""
+def outcome_of(trial: Trial, state: State, last_epoch: float = float("inf")) -> Outcome:
+    """A trial's outcome as its journal has it, up to that epoch."""
+    records = [r for r in epoch_records(trial.plan.run) if r.epoch <= last_epoch]
+    last = records[-1] if records else metrics.Record(0.0, 0, 0.0, {})
+    values = {k: v for k, v in last.metrics.items() if k.startswith(("train/", "val/", "val_ema/"))}
+    seconds = sum(r.metrics.get("perf/epoch_s", 0.0) for r in records)
+    name, epoch = trial.plan.run.name, round(last.epoch)
+    return Outcome(name, trial.point, trial.seed, trial.overrides, state, epoch, values, seconds)
+
+
+# --- in the trial's own process ----------------------------------------------------------------------------
+
+
+def _trial(settings: dict[str, Any], resources: Resources, work: Work) -> None:
+    """Train a run, and report its epochs to Tune; those that are behind it first, for the scheduler.
+
+    What no new try would mend is written down and ends the trial; anything else is tried again.
+    """
     from ray import tune
-    from ray.tune.integration.ray_train import TuneReportCallback
 
     run = RunDir(Path(settings["run"]))
-    last = settings["ended"].get(str(run.path))
-    for record in epoch_records(run):
-        if last is None or record.epoch <= last:
-            tune.report({"epoch": round(record.epoch), **record.metrics})
-    if last is None:
-        report = TuneReportCallback()  # type: ignore[no-untyped-call]
-        try:
-            fit(run, Resources(**settings["resources"]), callbacks=[report])
-        except Exception as error:
-            write_atomic(run.error, f"{type(error).__name__}: {error}\n")
-            raise
+    run.error.unlink(missing_ok=True)
+    try:
+        while not run.result.exists():
+            with contextlib.suppress(InUse):
+                for values in _behind(run):
+                    tune.report(values)
+                work(run, resources, tune.report)
+                break
+            time.sleep(IN_USE_S)
+        else:
+            for record_ in epoch_records(run):
+                tune.report({"epoch": round(record_.epoch), "behind": True, **record_.metrics})
+    except (InputError, TrainingFailed, FloatingPointError) as error:
+        write_atomic(run.error, f"{type(error).__name__}: {error}\n")
+    except Exception as error:
+        write_atomic(run.error, f"{type(error).__name__}: {error}\n")
+        raise
 
 
-def epoch_records(run: RunDir) -> list[metrics.Record]:
-    """The records of the journal that end an epoch: those with an evaluation."""
-    return [r for r in metrics.read(run.metrics) if "val/count" in r.metrics]
+def train_run(run: RunDir, resources: Resources, report: Report) -> None:
+    """Train a run to its end, from its newest checkpoint: here, or on several workers."""
+    if resources.span != (1, 1):
+        from ray.tune.integration.ray_train import TuneReportCallback
+
+        fit(run, resources, callbacks=[TuneReportCallback()])  # type: ignore[no-untyped-call]
+        return
+    from pipeline.train import train
+
+    with hold(run.lock, f"run {run.name}"), rank_log(run, 0):
+        train(
+            run,
+            lambda values: report(dict(values)),
+            loader_threads=loader_threads(resources),
+            save_every_s=60 * resources.save_minutes,
+        )
 
 
-def _recorder(
-    folder: SweepDir, trials: Sequence[Trial], ended: dict[str, Outcome], on_start: OnStart, on_end: OnEnd
+def _behind(run: RunDir) -> Iterator[dict[str, Any]]:
+    """The epochs that will not be trained again. "behind": that it goes on after them was decided already."""
+    from pipeline import checkpoint
+
+    saved = checkpoint.newest(run.checkpoints)
+    records = [r for r in epoch_records(run) if saved and r.epoch <= saved["epochs"]]
+    last_step = max((r.step for r in metrics.read(run.metrics)), default=0)
+    for r in records:
+        yield {"epoch": round(r.epoch), "behind": r.step < last_step, **r.metrics}
+
+
+# --- in the driver -----------------------------------------------------------------------------------------
+
+
+def _scheduler(sweep: Sweep) -> Any:
+    """ASHA, that can be told of trials which ended before, and leaves the last epoch alone."""
+    from ray.tune.schedulers import ASHAScheduler, FIFOScheduler, TrialScheduler
+
+    if sweep.asha is None:
+        return FIFOScheduler()  # type: ignore[no-untyped-call]
+    asha = sweep.asha
+    brackets = [
+        ASHAScheduler(
+            time_attr="epoch",  # not Tune's own iterations: a continued trial starts those anew
+            metric=sweep.metric,
+            mode=sweep.mode,
+            max_t=10**6,  # no trial ends by it
+            grace_period=asha.grace_epochs * asha.reduction**i,
+            reduction_factor=asha.reduction,
+        )
+        for i in range(asha.brackets)
+    ]
+
+    class Halving(FIFOScheduler):
+        def __reduce__(self) -> Any:
+            return FIFOScheduler, ()
+
+        def _of(self, trial: Any) -> Any:
+            return brackets[int(Path(trial.config["run"]).name[-8:], 16) % len(brackets)]
+
+        def on_trial_add(self, controller: Any, trial: Any) -> None:
+            self._of(trial).on_trial_add(controller, trial)
+
+        def on_trial_result(self, controller: Any, trial: Any, result: dict[str, Any]) -> str:
+            said = str(self._of(trial).on_trial_result(controller, trial, result))
+            over = result.get("behind") or result.get("epoch", 0) >= trial.config["epochs"]
+            return TrialScheduler.CONTINUE if over else said
+
+        def on_trial_complete(self, controller: Any, trial: Any, result: dict[str, Any]) -> None:
+            self._of(trial).on_trial_complete(controller, trial, result)
+
+        def tell(self, trial: Trial, outcome: Outcome) -> None:
+            """What a trial had reported that does not run now."""
+            stub = _Ended(trial.plan.run.name, _settings(trial))
+            self.on_trial_add(None, stub)
+            for r in epoch_records(trial.plan.run):
+                if r.epoch <= outcome.epoch:
+                    self.on_trial_result(None, stub, {"epoch": round(r.epoch), **r.metrics})
+
+    return Halving()  # type: ignore[no-untyped-call]
+
+
+class _Ended:
+    """What a scheduler needs to know of a trial that has ended."""
+
+    def __init__(self, trial_id: str, config: dict[str, Any]) -> None:
+        self.trial_id, self.config = trial_id, config
+
+
+def _settings(trial: Trial) -> dict[str, Any]:
+    return {"run": str(trial.plan.run.path), "epochs": trial.plan.config.optim.epochs}
+
+
+def _feed(
+    sweep: Sweep, folder: SweepDir, source: Source, hooks: Hooks, scheduler: Any, concurrent: int
 ) -> Any:
-    from ray.tune import Callback
+    from ray.tune.search import Searcher
 
-    by_path = {str(t.run.path): t for t in trials}
-
-    class Recorder(Callback):
-        """Writes each outcome down when its trial ends, and tells the hooks."""
+    class Feed(Searcher):
+        """Hands the source's trials to Tune, and their outcomes to the source."""
 
         def __init__(self) -> None:
-            self.ended = dict(ended)
+            super().__init__()
+            self.recorded = outcomes(folder)
+            self.open: dict[str, Trial] = {}
+            self.found: list[Outcome] = []
 
         def __reduce__(self) -> Any:
-            return Callback, ()  # Tune pickles its callbacks to restore itself; we never do, and hold locks
+            return Searcher, ()  # Tune pickles it to restore itself; we never do, and hold locks
 
-        def on_trial_start(self, iteration: int, trials: list[Any], trial: Any, **_: Any) -> None:
-            on_start(by_path[trial.config["run"]])
+        def suggest(self, trial_id: str) -> Any:
+            while len(self.open) < concurrent and (trial := source.next()):
+                known = known_outcome(trial, self.recorded.get(trial.plan.run.name))
+                if known is None:
+                    make(trial.plan)
+                    hooks.start(trial)
+                    self.open[str(trial.plan.run.path)] = trial
+                    return _settings(trial)
+                hooks.reuse(trial, known, recorded=known.run in self.recorded)
+                self._record(known)
+                if sweep.asha:
+                    scheduler.tell(trial, known)
+                source.tell(trial, known)
+            return Searcher.FINISHED if source.exhausted else None
+
+        def ended(self, trial: Any, *, failed: bool) -> None:
+            ours = self.open.pop(trial.config["run"])
+            run, last = ours.plan.run, (trial.last_result or {}).get("epoch", 0)
+            finished = run.result.exists()
+            # Stopped: what its workers did after that counts in no sweep.
+            state: State = "finished" if finished else "failed" if failed or run.error.exists() else "stopped"
+            outcome = outcome_of(ours, state, float("inf") if finished else last)
+            self._record(outcome)
+            source.tell(ours, outcome)
+            if state == "failed":
+                reason = (
+                    run.error.read_text().strip() if run.error.exists() else "its process died, each time"
+                )
+                log.error("trial failed run=%s reason=%s", run.name, reason)
+            hooks.end(ours, outcome)
+
+        def _record(self, outcome: Outcome) -> None:
+            self.found.append(outcome)
+            if self.recorded.get(outcome.run) != outcome:
+                self.recorded[outcome.run] = outcome
+                record(folder, outcome)
+
+        def on_trial_complete(self, trial_id: str, result: Any = None, error: bool = False) -> None:
+            pass  # the recorder tells, who knows the trial
+
+        def save(self, checkpoint_path: str) -> None:
+            pass  # our own files are the record
+
+        def restore(self, checkpoint_path: str) -> None:
+            pass
+
+        def save_to_dir(self, checkpoint_dir: str, session_str: str = "default") -> None:
+            pass
+
+    return Feed()
+
+
+def _recorder(feed: Any) -> Any:
+    from ray.tune import Callback
+
+    class Recorder(Callback):
+        def __reduce__(self) -> Any:
+            return Callback, ()
 
         def on_trial_complete(self, iteration: int, trials: list[Any], trial: Any, **_: Any) -> None:
-            self._end(trial, failed=False)
+            feed.ended(trial, failed=False)
 
         def on_trial_error(self, iteration: int, trials: list[Any], trial: Any, **_: Any) -> None:
-            self._end(trial, failed=True)
-
-        def _end(self, trial: Any, *, failed: bool) -> None:
-            ours = by_path[trial.config["run"]]
-            if ours.run.name not in self.ended:
-                self.ended[ours.run.name] = _outcome(ours, trial.last_result or {}, failed=failed)
-                write_json(folder.outcomes, [o._asdict() for o in self.ended.values()])
-            on_end(ours, self.ended[ours.run.name])
+            feed.ended(trial, failed=True)
 
     return Recorder()
-
-
-def _outcome(trial: Trial, last: dict[str, Any], *, failed: bool) -> Outcome:
-    epoch = int(last.get("epoch", 0))
-    state: State = "failed" if failed else "finished" if trial.run.result.exists() else "stopped"
-    values = {k: float(v) for k, v in last.items() if k.startswith(("train/", "val/"))}
-    seconds = sum(r.metrics["perf/epoch_s"] for r in epoch_records(trial.run) if r.epoch <= epoch)
-    return Outcome(trial.run.name, trial.overrides, state, epoch, values, seconds)

@@ -2,6 +2,7 @@
 
 import logging
 import os
+import time
 from collections.abc import Callable, Iterator, Sequence
 from contextlib import ExitStack, contextmanager
 from pathlib import Path
@@ -12,21 +13,35 @@ import torch
 from torch import Tensor
 
 from pipeline import augment, chaos, data, registry, server, tracking
-from pipeline.config import Config, InputError, Resources, dump, read_yaml, validate
+from pipeline.config import Config, ConfigError, InputError, Resources
 from pipeline.decode import DecodeError, decode
 from pipeline.evaluate import Classifier, Evaluation, evaluate
 from pipeline.manifest import Manifest, Samples, read_manifest
-from pipeline.mirror import Epochs, mirrored
+from pipeline.mirror import Board, Epochs, mirrored
 from pipeline.pictures import ShardsConfig
 from pipeline.plan import check_cache, load_trained, read_run
-from pipeline.progress import Update, bar
+from pipeline.progress import Update, bar, board
 from pipeline.ray_session import session
 from pipeline.ray_train import fit, fit_micro_batch
-from pipeline.rundir import Out, RunDir, hold, read_json, write_atomic
+from pipeline.report import write_study
+from pipeline.rundir import Out, RunDir, SweepDir, hold, read_json
+from pipeline.samplers import Evolved, Listed, MakeTrials, Source, Suggested
 from pipeline.shards import Built, build
-from pipeline.sweep import Outcome, Sweep, best, ended_trials, trials
+from pipeline.sweep import (
+    Outcome,
+    Point,
+    Sweep,
+    Trial,
+    begin,
+    best,
+    lay_out,
+    outcomes,
+    stated_points,
+    trials_of,
+)
+from pipeline.sweep import read as read_sweep
 from pipeline.train import evaluate_split, this_place
-from pipeline.tune import search
+from pipeline.tune import search, settled
 
 log = logging.getLogger("gsa")
 
@@ -79,45 +94,119 @@ def _under_ray(out: Out, run: RunDir, resources: Resources, tags: dict[str, str]
     """A Ray, a bar, and MLflow, while a run is trained; finished if the block is."""
     config, manifest = read_run(run)
     check_cache(config, manifest)
-    with bar("train", "epochs") as update, mirrored(out, manifest, Epochs({run: config}, update)) as mirror:
+    epochs = config.optim.epochs
+    with bar("train", "epochs") as update, mirrored(out, manifest, Epochs(update, epochs)) as mirror:
         mirror.start(run, config, tags=tags)
         with session(cpus=_cpus(resources, 1)):
             yield
         mirror.end(run, "FINISHED")
 
 
+class Layout(NamedTuple):
+    """A sweep before it runs: trials of the points that are known, what is wrong with others, how to make more."""
+
+    sweep: Sweep
+    trials: list[Trial]
+    faults: list[str]
+    make: MakeTrials
+
+    def source(self, folder: SweepDir) -> Source:
+        """All trials anew, from the first one on."""
+        if self.sweep.sampler == "tpe":
+            return Suggested(self.sweep, folder, self.make)
+        return Evolved(self.sweep, self.make) if self.sweep.pbt else Listed(self.trials)
+
+    def check(self) -> None:
+        """ConfigError where points that are sure to come cannot be."""
+        if self.faults and (not self.trials or self.sweep.sampler in ("grid", "random")):
+            head = f"sweep {self.sweep.name}: {len(self.faults)} points cannot be, {len(self.trials)} trials could:"
+            raise ConfigError("\n  ".join([head, *self.faults]))
+
+
+def lay_out_sweep(out: Out, sweep: Sweep, resources: Resources, overrides: Sequence[str] = ()) -> Layout:
+    """Check every point of a sweep that is known before it runs; nothing is written.
+
+    overrides: for every trial, stronger than the sweep's own, weaker than its parameters.
+    """
+    sweep = sweep.model_copy(update={"overrides": [*sweep.overrides, *overrides]})
+
+    def make_trials(point: Point, extra: Sequence[str] = (), *, later: int = 0) -> list[Trial]:
+        found = trials_of(out, sweep, point, extra, later=later)
+        for trial in found:
+            resources.check(trial.plan.config)
+        return found
+
+    return Layout(sweep, *lay_out(stated_points(sweep), make_trials), make_trials)
+
+
 def tune(
-    out: Out, sweep: Sweep, resources: Resources, *, overrides: Sequence[str] = (), concurrent: int = 1
+    out: Out,
+    sweep: Sweep,
+    resources: Resources,
+    *,
+    overrides: Sequence[str] = (),
+    concurrent: int = 1,
+    replace: bool = False,
+    rerun: bool = False,
 ) -> tuple[list[Outcome], bool]:
-    """Run the trials of a sweep that have not ended yet: the outcomes of all, and whether any was run."""
-    planned = trials(out, sweep, overrides)
-    for trial in planned:
-        resources.check(trial.config)
-    folder, names = out.sweep(sweep.name), [t.run.name for t in planned]
-    if all(name in ended_trials(folder) for name in names):
-        return [ended_trials(folder)[name] for name in names], False
-    write_atomic(folder.config, dump(sweep))
-    config, manifest = read_run(planned[0].run)
-    check_cache(config, manifest)
-    configs = {t.run: t.config for t in planned}
+    """Run the trials of a sweep that have not ended yet: the outcomes of all, and whether any was run.
+
+    replace: see sweep.begin. rerun: all of them anew, what they left before is set aside.
+    """
+    layout = lay_out_sweep(out, sweep, resources, overrides)
+    layout.check()
+    sweep, folder = layout.sweep, out.sweep(sweep.name)
+    with hold(folder.lock, f"sweep {sweep.name}"):
+        begin(folder, sweep, replace=replace)
+        if rerun:
+            _set_aside(out, folder, layout.trials)
+        found = settled(folder, layout.source(folder))
+        if found is not None:
+            return found, False
+        found = _search(out, layout, resources, concurrent)
+    places = {trial.plan.run.name: i for i, trial in enumerate(layout.trials)}
+    return sorted(found, key=lambda o: places.get(o.run, len(places))), True
+
+
+def _set_aside(out: Out, folder: SweepDir, trials: Sequence[Trial]) -> None:
+    """The runs of a sweep under other names, here and in MLflow; its outcomes are forgotten."""
+    names = {*outcomes(folder), *(trial.plan.run.name for trial in trials)}
+    client, until = (
+        tracking.open_store(out.tracking_uri, out.artifacts),
+        f".until-{time.strftime('%Y%m%d-%H%M%S')}",
+    )
+    for run in filter(lambda run: run.config.exists(), map(out.run, names)):
+        with hold(run.lock, f"run {run.name}"):
+            if run.tracking.exists():
+                key = read_json(run.facts)["fingerprint"] + until
+                client.set_tag(read_json(run.tracking)["run_id"], "gsa.key", key)
+            run.path.rename(run.path.with_name(run.name + until))
+    folder.outcomes.unlink(missing_ok=True)
+    folder.points.unlink(missing_ok=True)
+
+
+def _search(out: Out, layout: Layout, resources: Resources, concurrent: int) -> list[Outcome]:
+    sweep, first = layout.sweep, layout.trials[0].plan
+    folder, epochs = out.sweep(sweep.name), first.config.optim.epochs
+    check_cache(first.config, first.manifest)
     with (
-        hold(folder.lock, f"sweep {sweep.name}"),
-        bar("sweep", "epochs") as update,
-        mirrored(out, manifest, Epochs(configs, update)) as mirror,
+        board("sweep", "epochs") as (update, say, rows),
+        mirrored(out, first.manifest, Epochs(update, sweep.size * epochs, rows)) as mirror,
     ):
-        mirror.start_sweep(sweep, names)
+        mirror.start_sweep(sweep, folder, first.manifest.digest)
         with session(cpus=_cpus(resources, concurrent)):
-            outcomes = search(
+            found = search(
                 sweep,
                 folder,
-                planned,
+                layout.source(folder),
                 resources=resources,
                 concurrent=concurrent,
-                on_start=lambda t: mirror.start(t.run, t.config, tags={"gsa.sweep": sweep.name}),
-                on_end=lambda t, o: mirror.end(t.run, "FAILED" if o.state == "failed" else "FINISHED"),
+                hooks=Board(mirror, sweep, say),
             )
-        mirror.end_sweep(best(sweep, outcomes))
-    return outcomes, True
+        winner = best(sweep, found)
+        _, files = write_study(out, sweep, found)
+        mirror.end_sweep(winner, [folder.config, *files])
+    return found
 
 
 def evaluate_model(out: Out, source: str, shards: str | None) -> Evaluation:
@@ -184,10 +273,8 @@ def register(
 def best_run(out: Out, sweep: str) -> RunDir:
     """The complete run of a sweep with the best final metric."""
     folder = out.sweep(sweep)
-    if not folder.config.exists():
-        raise InputError(f"sweep {sweep}: not found in {folder.path.parent}; next: gsa tune {sweep}")
-    settings = validate(Sweep, read_yaml(folder.config), where=str(folder.config))
-    complete = [o for o in ended_trials(folder).values() if o.state == "finished"]
+    settings = read_sweep(folder)
+    complete = [o for o in outcomes(folder).values() if o.state == "finished"]
     return out.find_run(best(settings, complete).run)
 
 

@@ -112,7 +112,12 @@ def stages(out: Out, workflow: Workflow) -> list[Stage]:
 
     def run_sweep(_: dict[str, Outputs]) -> Outputs:
         ended, _ran = verbs.tune(
-            out, sweep, workflow.resources, overrides=overrides, concurrent=workflow.sweep.concurrent
+            out,
+            sweep,
+            workflow.resources,
+            overrides=overrides,
+            concurrent=workflow.sweep.concurrent,
+            replace=True,  # the workflow says what its sweep is
         )
         winner = best(sweep, ended)
         return {"outcomes": [o._asdict() for o in ended], "best": winner._asdict(), "sweep": sweep.name}

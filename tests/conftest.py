@@ -177,6 +177,15 @@ def forks() -> Any:
 
 
 @pytest.fixture(scope="session")
+def ray() -> Iterator[None]:
+    """One Ray for all tests that do not break it."""
+    from pipeline.ray_session import session
+
+    with session(cpus=5):
+        yield
+
+
+@pytest.fixture(scope="session")
 def photos(tmp_path_factory: pytest.TempPathFactory) -> Path:
     """32 little JPEGs, PNGs and WebPs of 12x9 pixels in the sub-folders ant, bee, cat. Not to be changed."""
     from photos import write_photos

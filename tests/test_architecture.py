@@ -22,19 +22,21 @@ OWNERS = {  # library -> the only modules that may import it
         "pipeline.mapped",
         "pipeline.foreign",
         "pipeline.order",
-        "pipeline.report",
+        "pipeline.tables",
     },
     "mlflow": {"pipeline.tracking", "pipeline.shipper", "pipeline.registry"},
     "ray": {"pipeline.ray_session", "pipeline.ray_train", "pipeline.tune", "cluster.ray_cluster"},
     "submitit": {"cluster.submit", "cluster.status", "cluster.job"},
     "yaml": {"pipeline.config"},
     "sklearn": {"pipeline.pictures"},
-    "scipy": {"pipeline.archives"},
+    "scipy": {"pipeline.archives", "pipeline.study"},
+    "matplotlib": {"pipeline.plots"},
+    "optuna": {"pipeline.plots", "pipeline.samplers"},
     "pytorch_optimizer": {"pipeline.optim"},
     "fsspec": {"pipeline.remote"},
     "aiohttp": {"pipeline.remote"},
 }
-VERBS = ("models", "train", "tune", "evaluate", "register", "predict", "ui", "run", "doctor")
+VERBS = ("models", "train", "tune", "report", "evaluate", "register", "predict", "ui", "run", "doctor")
 HEAVY = ("torch", "ray", "mlflow", "pyarrow", "pandas", "sklearn", "webdataset", "numpy", "fsspec", "aiohttp")
 
 

@@ -1,6 +1,6 @@
 """Recipes: all shipped ones load; every mistake is one line that names it; the fingerprint knows each field."""
 
-import itertools
+import json
 import re
 from collections.abc import Callable
 from pathlib import Path
@@ -32,7 +32,7 @@ from pipeline.config import (
 )
 from pipeline.plan import build_model, prepare
 from pipeline.rundir import Out
-from pipeline.sweep import Sweep
+from pipeline.sweep import Sweep, stated_points
 
 SHIPPED = [(kind, name) for kind in RECIPE_KINDS for name in recipe_names(kind)]
 ASKED = {("workflow", "folder"): ["shards.input=photos"]}  # what a recipe leaves to its user
@@ -72,8 +72,10 @@ def test_every_shipped_recipe_loads_and_starts_with_its_result_cost_and_command(
 @pytest.mark.parametrize("name", recipe_names("sweep"))
 def test_every_point_of_a_shipped_sweep_is_a_config(name: str) -> None:
     sweep = load(Sweep, "sweep", name)
-    for point in itertools.product(*sweep.parameters.values()):
-        values = [f"{key}={value}" for key, value in zip(sweep.parameters, point, strict=True)]
+    points = stated_points(sweep)
+    assert len(points) > 1
+    for point in points:
+        values = [f"{key}={json.dumps(value)}" for key, value in point.items()]
         load(Config, "train", sweep.train, [*sweep.overrides, *values])
 
 
@@ -286,7 +288,10 @@ def test_all_faults_come_in_one_line() -> None:
         ("asha.graze_epochs=3", "asha.graze_epochs is unknown; did you mean asha.grace_epochs?"),
         ("asha.reduction=1", "asha.reduction: expected greater than or equal to 2, got 1"),
         ("parameters={}", "parameters: expected at least 1 item"),
-        ("parameters.optim=3", "parameters.optim: expected a valid list, got 3"),
+        (
+            "parameters.optim=3",
+            "parameters.optim: expected a list of values, or a range such as {uniform: [0, 1]}, got 3",
+        ),
         ("mode=best", "mode: expected 'max' or 'min', got 'best'"),
         (
             "name=../x",

@@ -383,15 +383,13 @@ def test_a_hang_becomes_an_error_that_names_the_rank(nodes: Nodes, out: Any, min
     run = prepare(out, mini_config(epochs=EPOCHS))
     with Driver(nodes, run, hang_at=4, HANG_S=8, RESTARTS=0) as driver:
         printed = driver.finish(1)
-    (node,) = {death["node"] for death in deaths(run)}
+    assert [death["rank"] for death in deaths(run)] == [1, 1]  # of two starts, maybe on two nodes
+    assert all(f"rank 1 on {death['node']} " in printed for death in deaths(run))
     assert (
         f"TrainingFailed run {run.name}: training failed at checkpoint step-000000004 after the death of "
         in printed
     )
-    assert (
-        f"rank 1 on {node} 2 times; the last, of rank 1: it hung: the others waited 8 s for it; log: "
-        in printed
-    )
+    assert "; the last, of rank 1: it hung: the others waited 8 s for it; log: " in printed
     assert str(run.logs / "rank1.log") in printed
     assert "Traceback" not in printed
 
@@ -437,14 +435,16 @@ def test_a_node_that_leaves_and_comes_back_changes_no_batch(
 ) -> None:
     """One worker goes on where two were, and two again: the same samples in each step, the same loss.
 
-    In float64: in float32 batch norm over four samples magnifies rounding, to 1e-4 after six steps.
+    In float64 and at a low learning rate: batch norm over four samples magnifies rounding, at lr 0.1 to 1e-2
+    after twelve steps.
     """
-    config = mini_config(epochs=12)
+    config = mini_config(epochs=24, lr=0.001)
     constant, elastic = prepare(output(mini, tmp_path / "constant"), config), prepare(out, config)
     with Driver(nodes, constant, mutant="double", step_s=0.0) as driver:
         driver.finish()
     settings = {"RAY_TRAIN_WORKER_GROUP_START_TIMEOUT_S": "10"}
     elastic_job = {"workers": "1..2", "mutant": "double", "environment": settings, "RESIZE_EVERY_S": 3.0}
+    elastic_job["step_s"] = 0.5  # the node is back before the run is over
     with Driver(nodes, elastic, **elastic_job) as driver:
         driver.reach(
             2, seconds=240
@@ -455,7 +455,7 @@ def test_a_node_that_leaves_and_comes_back_changes_no_batch(
         wait_for(lambda: worlds(elastic) == [2, 1, 2], 120, "a start with two workers")
         driver.finish()
     assert batches(elastic) == batches(constant)
-    assert len(batches(constant)) == 12 * STEPS
+    assert len(batches(constant)) == 24 * STEPS
     assert_close(constant, elastic)
 
 

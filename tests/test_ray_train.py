@@ -1,4 +1,4 @@
-"""Ray: private and on loopback, workers that die and come back, sweeps that stop early and go on."""
+"""Ray: private and on loopback, workers that die and come back."""
 
 import http.client
 import json
@@ -11,7 +11,6 @@ import sys
 import time
 import urllib.error
 import urllib.request
-from collections.abc import Iterator
 from pathlib import Path
 from types import SimpleNamespace
 from typing import Any
@@ -22,21 +21,12 @@ import pytest
 from pipeline import checkpoint, ray_train
 from pipeline.config import InputError, Resources, TrainingFailed
 from pipeline.manifest import read_manifest
+from pipeline.metrics import epoch_records
 from pipeline.plan import prepare
-from pipeline.ray_session import session
 from pipeline.ray_train import fit, loader_threads
-from pipeline.rundir import Out, RunDir, hold, read_json, write_json
-from pipeline.sweep import Asha, Outcome, Sweep, ended_trials, trials
-from pipeline.tune import epoch_records, search
+from pipeline.rundir import Out, RunDir, read_json
 
 TWO = Resources(workers="2")
-
-
-@pytest.fixture(scope="session")
-def ray() -> Iterator[None]:
-    """One Ray for all tests that do not break it."""
-    with session(cpus=5):
-        yield
 
 
 def listening() -> list[tuple[str, int]]:
@@ -278,59 +268,6 @@ def test_what_the_cluster_does_not_have_is_refused(ray: None, out: Out, mini_con
     ):
         with pytest.raises(InputError, match=said):
             fit(run, resources)
-
-
-def test_a_sweep_stops_bad_trials_and_is_not_run_again(
-    ray: None, out: Out, mini_config, tmp_path: Path
-) -> None:
-    sweep = mini_sweep(tmp_path, mini_config, lr=[0.1, 1e-9, 1e12], epochs=4)
-    planned, folder, seen = trials(out, sweep), out.sweep("mini"), []
-    foreign = Outcome("of-other-shards", (), "finished", 4, {"train/lr": 9.0}, 1.0)
-    write_json(folder.outcomes, [foreign._asdict()])  # the best there is, but not of this sweep
-    ended = search(
-        sweep,
-        folder,
-        planned,
-        resources=TWO,
-        concurrent=1,
-        on_start=lambda t: None,
-        on_end=lambda t, o: seen.append(o.state),
-    )
-    assert [o.state for o in ended] == ["finished", "stopped", "failed"]
-    assert seen == ["finished", "stopped", "failed"]
-    assert ended[1].epoch < 4
-    assert "next: a lower optim.lr" in planned[2].run.error.read_text()
-    assert list(ended_trials(folder)) == [t.run.name for t in planned[:2]]  # the failed one is tried again
-    assert not (folder.path / "ray").exists()
-
-
-def test_a_trial_without_a_network_is_named_before_anything_runs(
-    out: Out, mini_config, tmp_path: Path
-) -> None:
-    sweep = mini_sweep(tmp_path, mini_config, lr=[0.1], epochs=2)
-    broken = sweep.model_copy(update={"parameters": {"model.placement": ["gggg", "ggggg"]}})
-    with pytest.raises(InputError, match=r"point model.placement=\"ggggg\""):
-        trials(out, broken)
-
-
-def test_a_run_has_one_driver(out: Out, mini_config) -> None:
-    run = prepare(out, mini_config(seed=11))
-    with hold(run.lock, "it"), pytest.raises(InputError, match="in use by another process"):
-        fit(run, TWO)
-
-
-def mini_sweep(tmp_path: Path, mini_config, *, lr: list[float], epochs: int) -> Sweep:
-    from pipeline.config import dump
-
-    recipe = tmp_path / "recipe.yaml"
-    recipe.write_text(dump(mini_config(epochs=epochs)))
-    return Sweep(
-        name="mini",
-        train=str(recipe),
-        parameters={"optim.lr": lr},
-        metric="train/lr",  # no accident: the second trial is the worse at every epoch
-        asha=Asha(grace_epochs=2, reduction=2),
-    )
 
 
 DRIVER = """

@@ -197,20 +197,20 @@ class Ranks:
         assert not any(codes), f"exit codes {codes}; {self.log.read_text()[-2000:]}"
         return self.run
 
-    def kill_when_they_hang(self) -> None:
-        """SIGKILL for all as soon as each is where `hang_at` makes it wait."""
+    def kill_when_they_hang(self, number: int = signal.SIGKILL) -> None:
+        """A signal for all as soon as each is where `hang_at` makes it wait."""
         end, hung = time.monotonic() + 120, [Path(f"{self.meeting}-{i}") for i in range(len(self.processes))]
         while not all(p.exists() for p in hung) and time.monotonic() < end:
             if not any(p.is_alive() for p in self.processes):
                 break
             time.sleep(0.002)
-        self.kill()
+        self.kill(number)
         assert all(p.exists() for p in hung), self.log.read_text()[-2000:]
 
-    def kill(self) -> None:
+    def kill(self, number: int = signal.SIGKILL) -> None:
         for process in self.processes:
-            process.kill()
-        assert self.wait() == [-signal.SIGKILL] * len(self.processes)
+            os.kill(int(process.pid or 0), number)
+        assert self.wait() == [-number] * len(self.processes)
 
 
 def weights(run: RunDir) -> dict[str, Any]:

@@ -1,6 +1,7 @@
 """Chaos: what `--chaos` means, that it kills, and that its verdict can be a bad one."""
 
 import os
+import re
 import signal
 import subprocess
 import sys
@@ -12,7 +13,7 @@ import torch
 
 from pipeline import chaos, checkpoint, cli, train
 from pipeline.chaos import Verdict, check, die_at_random, judge, kills, mtbf
-from pipeline.config import ConfigError, Resources
+from pipeline.config import ConfigError, Resources, dump
 from pipeline.plan import prepare
 from pipeline.rundir import Out, RunDir
 
@@ -102,6 +103,26 @@ def test_the_verdict_is_good_only_if_nothing_differs(
     assert verdict.passed is (broken is None)
     assert seen == [(30.0, 0.05), (None, 10.0)]
     assert os.listdir(run.path.parent) == [run.name]
+
+
+@pytest.mark.slow
+@pytest.mark.timeout(900)
+def test_a_user_torments_a_run_and_gets_the_proof(out: Out, mini_config: Any, tmp_path: Path) -> None:
+    recipe = tmp_path / "recipe.yaml"
+    recipe.write_text(dump(mini_config(epochs=400)))
+    command = ["train", str(recipe), "--workers", "2", "--chaos", "mtbf=8s", "--out", str(out.root)]
+    environment = {k: v for k, v in os.environ.items() if not k.startswith("RAY_")}
+    done = subprocess.run(
+        [sys.executable, "-m", "pipeline.cli", *command],
+        capture_output=True,
+        text=True,
+        check=False,
+        timeout=800,
+        env=environment,
+    )
+    assert done.returncode == 0, done.stderr[-3000:]
+    assert re.search(r"^chaos: [1-9]\d* kills?, \d+ s longer", done.stdout, re.MULTILINE), done.stdout
+    assert "weights equal, metrics equal to those of the undisturbed run, by every bit" in done.stdout
 
 
 def test_the_command_prints_the_verdict(

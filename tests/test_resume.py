@@ -3,6 +3,7 @@
 import errno
 import logging
 import os
+import random
 import shutil
 import signal
 import subprocess
@@ -89,6 +90,24 @@ def test_a_run_killed_after_every_step_ends_with_the_same_bytes(
     Ranks(forks, run, world, **OFTEN).finish()
     assert same_weights(run, undisturbed[world])
     assert series(run) == series(undisturbed[world])
+
+
+@pytest.mark.slow
+@pytest.mark.timeout(3000)
+@pytest.mark.parametrize("world", [1, 2])
+def test_a_hundred_deaths_in_chains_of_five_change_nothing(
+    world: int, forks: Any, undisturbed: dict[int, RunDir], mini: Path, mini_config: Any, tmp_path: Path
+) -> None:
+    """R1, without Ray: 20 runs, each of which dies five times, by one signal or another."""
+    rng = random.Random(world)
+    for chain in range(20):
+        run = prepare(output(mini, tmp_path / str(chain)), mini_config(**ALL))
+        for step in sorted(rng.sample(range(1, 9), 5)):
+            number = rng.choice([signal.SIGKILL, signal.SIGSEGV, signal.SIGABRT])
+            Ranks(forks, run, world, hang_at=step, **OFTEN).kill_when_they_hang(number)
+        Ranks(forks, run, world, **OFTEN).finish()
+        assert same_weights(run, undisturbed[world])
+        assert series(run) == series(undisturbed[world])
 
 
 @pytest.mark.parametrize("part", ["ema", "sums", "optimizer", "faults"])

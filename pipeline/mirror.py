@@ -82,6 +82,7 @@ class Mirror:
         self.shipper = Shipper(client, epochs.read)
         self.open: set[RunDir] = set()
         self.parent: str | None = None
+        self.missing = 0  # points, after the end
 
     def start(self, run: RunDir, config: Config, *, tags: dict[str, str], label: str = "") -> None:
         """Mirror a run from now on, below the sweep if there is one; without MLflow it goes on unmirrored."""
@@ -129,7 +130,7 @@ class Mirror:
             self.experiment,
             name=f"sweep {sweep.name}",
             key=f"sweep-{sweep.name}-{digest([*fixed, shards_digest])}",
-            params={**values, **values.pop("parameters")},
+            params={**values.pop("parameters"), **values},
             tags={**system_facts(), "gsa.trials": str(sweep.size)},
             description=f"Sweep `{sweep.name}`: up to {sweep.size} trials, best by {sweep.metric}; those that "
             f"ran in another sweep before have the tag `gsa.sweep.{sweep.name}`. Folder `{folder.path}`",
@@ -138,19 +139,16 @@ class Mirror:
 
     def list_in(self, sweep: str, run: RunDir) -> None:
         """A run of another sweep belongs to this one too: by tag, since MLflow knows one parent."""
-        if not run.tracking.exists():
-            return
-        try:
-            self.client.set_tag(read_json(run.tracking)["run_id"], f"gsa.sweep.{sweep}", "reused")
-        except Exception as error:  # a mirror may fail
-            log.warning("not tagged run=%s error=%s", run.name, tracking.one_line(error))
+        if run.tracking.exists():
+            run_id = read_json(run.tracking)["run_id"]
+            tracking.set_tags(self.client, run_id, {f"gsa.sweep.{sweep}": "reused"})
 
-    def end_sweep(self, winner: Outcome, files: Sequence[Path]) -> None:
+    def end_sweep(self, winner: Outcome | None, files: Sequence[Path]) -> None:
         """The parent shows the best trial's metrics: collapsed, it would have no curve and no figure."""
         assert self.parent
-        tags = {"gsa.best_run": winner.run}
         tracking.log_files(self.client, self.parent, files)
-        tracking.end_run(self.client, self.parent, "FINISHED", winner.metrics, step=winner.epoch, tags=tags)
+        shown = (winner.metrics, winner.epoch, {"gsa.best_run": winner.run}) if winner else ({}, 0, {})
+        tracking.end_run(self.client, self.parent, "FINISHED", shown[0], step=shown[1], tags=shown[2])
         self.parent = None
 
 
@@ -171,7 +169,8 @@ class Board:
     def reuse(self, trial: Trial, outcome: Outcome, *, recorded: bool) -> None:
         run = trial.plan.run
         self.mirror.epochs.skip(trial.plan.config.optim.epochs)
-        if not (run.tracking.exists() and "status" in read_json(run.tracking)):  # its driver was killed
+        status = read_json(run.tracking).get("status") if run.tracking.exists() else None
+        if status != "FINISHED":  # its driver was killed, or interrupted after the run's end
             self.start(trial)
             self.mirror.end(run, "FINISHED")
         if not recorded:
@@ -205,6 +204,6 @@ def mirrored(out: Out, manifest: Manifest, epochs: Epochs) -> Iterator[Mirror]:
             mirror.let_go(run, status)
         if mirror.parent:
             tracking.end_run(client, mirror.parent, status, {}, step=0, tags={})
-        missing = mirror.shipper.close()
-        if missing:
-            log.warning("MLflow lacks %d points of these runs; their journals hold them all", missing)
+        mirror.missing = mirror.shipper.close()
+        if mirror.missing:
+            log.warning("MLflow lacks %d points of these runs; their journals hold them all", mirror.missing)

@@ -44,7 +44,7 @@ class Plan(NamedTuple):
     manifest: Manifest
     cost: Cost
     fingerprint: str
-    first: ResNet | None  # with the first weights, where the config names some
+    out: Out
 
 
 def prepare(out: Out, config: Config) -> RunDir:
@@ -57,13 +57,13 @@ def prepare(out: Out, config: Config) -> RunDir:
 
 def make(planned: Plan) -> RunDir:
     """The folder of a planned run, with its settings and facts in it."""
-    run, config, manifest, cost, key, first = planned
+    run, config, manifest, cost, key, out = planned
     place = str(manifest.folder.absolute())
     if not run.facts.exists() or read_json(run.facts)["shards"] != place:  # a new run, or moved shards
         run.logs.mkdir(parents=True, exist_ok=True)
-        if first:
+        if config.init:
             buffer = io.BytesIO()
-            torch.save(first.state_dict(), buffer)
+            torch.save(_initial(out, config, manifest.classes).state_dict(), buffer)
             write_atomic(run.init, buffer.getvalue())
         write_atomic(run.config, dump(config))
         facts = {
@@ -94,10 +94,10 @@ def plan(out: Out, config: Config) -> Plan:
         local_tars(config.data.stream)
     if not len(manifest.split("val")):
         raise ConfigError(f"{manifest.folder}: no val samples to evaluate on; next: make a set with some")
-    first = _initial(out, config, manifest.classes) if config.init else None
-    key = fingerprint(config, manifest.digest, _weights_digest(first) if first else None)
+    first = _weights_digest(_initial(out, config, manifest.classes)) if config.init else None
+    key = fingerprint(config, manifest.digest, first)
     run = out.run(f"{config.model.name}-{key[:10]}")
-    return Plan(run, config, manifest, cost, key, first)
+    return Plan(run, config, manifest, cost, key, out)
 
 
 def _model_part(config: Config) -> Config:

@@ -6,10 +6,12 @@ import os
 import re
 import secrets
 import shutil
+import signal
 import socket
 import subprocess
 import sys
 import tempfile
+import threading
 import time
 from collections.abc import Iterator
 from pathlib import Path
@@ -31,6 +33,8 @@ _USE = {
     "RAY_TRAIN_WORKER_HEALTH_CHECK_TIMEOUT_S": "30",  # 600 by default: too long for a frozen worker
     "TORCH_PROCESS_GROUP_SHUTDOWN_TIMEOUT_S": "5",  # 30 by default: a frozen worker never answers
     "TUNE_DISABLE_AUTO_CALLBACK_LOGGERS": "1",
+    # Of a trial that was stopped: its last checkpoint is being written. Past it Tune gives up the next trial.
+    "TUNE_FUNCTION_THREAD_TIMEOUT_S": "3600",
     "TUNE_GLOBAL_CHECKPOINT_S": "1000000",  # Tune's own state, of all trials each time: we never read it
     "TUNE_DISABLE_SIGINT_HANDLER": "1",  # Tune would end the sweep at Ctrl-C as if it were complete
     "RAY_AIR_NEW_OUTPUT": "0",  # the new one prints a banner whatever `verbose` says
@@ -65,16 +69,17 @@ def session(*, cpus: int) -> Iterator[None]:
         import ray  # not before: it reads the environment once
 
         try:
-            ray.init(
-                address="local",
-                num_cpus=cpus,
-                include_dashboard=True,  # Tune frees an early-stopped trial's workers through it
-                dashboard_host="127.0.0.1",
-                _temp_dir=str(folder / "r"),  # Ray opens this one to all: it lies in our 0700 folder
-                object_store_memory=200_000_000,
-                log_to_driver=False,
-                logging_level=logging.ERROR,
-            )
+            with _our_sigterm():
+                ray.init(
+                    address="local",
+                    num_cpus=cpus,
+                    include_dashboard=True,  # Tune frees an early-stopped trial's workers through it
+                    dashboard_host="127.0.0.1",
+                    _temp_dir=str(folder / "r"),  # Ray opens this one to all: it lies in our 0700 folder
+                    object_store_memory=200_000_000,
+                    log_to_driver=False,
+                    logging_level=logging.ERROR,
+                )
             yield
         finally:
             ray.shutdown()
@@ -99,7 +104,8 @@ def _joined(address: str) -> Iterator[None]:
 
         try:
             socket.create_connection((host, int(port)), JOIN_S).close()  # Ray would try for minutes
-            ray.init(log_to_driver=False, logging_level=logging.ERROR, runtime_env=settings)
+            with _our_sigterm():
+                ray.init(log_to_driver=False, logging_level=logging.ERROR, runtime_env=settings)
         except (OSError, RuntimeError, ValueError, ray.exceptions.RayError) as error:
             raise InputError(
                 f"RAY_ADDRESS={address}: cannot join that Ray: {str(error).strip().splitlines()[0]}; next: the "
@@ -135,13 +141,28 @@ def _private_environment(folder: Path) -> dict[str, str]:
 @contextlib.contextmanager
 def environment(values: dict[str, str]) -> Iterator[None]:
     """Variables of this process, for as long as the block runs."""
-    before = dict(os.environ)
+    before = {name: os.environ.get(name) for name in values}
     os.environ.update(values)
     try:
         yield
     finally:
-        os.environ.clear()
-        os.environ.update(before)
+        for name, value in before.items():
+            if value is None:
+                os.environ.pop(name, None)
+            else:
+                os.environ[name] = value
+
+
+@contextlib.contextmanager
+def _our_sigterm() -> Iterator[None]:
+    """Ray's own handler would end the process with 15, and MLflow would read of a failure."""
+    main = threading.current_thread() is threading.main_thread()
+    ours = signal.getsignal(signal.SIGTERM)
+    try:
+        yield
+    finally:
+        if main and ours is not None:
+            signal.signal(signal.SIGTERM, ours)
 
 
 @contextlib.contextmanager

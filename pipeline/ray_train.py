@@ -121,11 +121,20 @@ def loader_threads(resources: Resources) -> int:
     return max(resources.cpus_per_worker - 1, 1 if resources.gpus_per_worker else 0)
 
 
-def check_room(resources: Resources) -> None:
-    """Refuse what the Ray cluster does not have: it would be waited for. InputError."""
+def check_room(resources: Resources, trials: int = 1) -> None:
+    """Refuse what the Ray cluster does not have: it would be waited for. InputError.
+
+    trials: at a time, of a sweep; each has a process of its own beside its workers.
+    """
     import ray
 
-    workers, _ = resources.span
+    low, high = resources.span
+    if trials > 1 and low < high:
+        raise InputError(
+            f"workers {resources.workers} and {trials} trials at a time: the first would take all there is; "
+            f"next: --workers {high}, or --concurrent 1"
+        )
+    workers = low * trials
     nodes = [node["Resources"] for node in ray.nodes() if node["Alive"]]  # type: ignore[no-untyped-call]
     wanted = {"GPU": resources.gpus_per_worker, "CPU": float(resources.cpus_per_worker)}
     wanted = {kind: each for kind, each in wanted.items() if each}

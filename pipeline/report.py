@@ -1,5 +1,7 @@
 """What a sweep, some runs, or a workflow came to: written as tables and plots, and told."""
 
+import json
+import logging
 import shlex
 from collections.abc import Sequence
 from pathlib import Path
@@ -14,6 +16,8 @@ from pipeline.sweep import Outcome, Point, Sweep, outcomes
 from pipeline.sweep import read as read_sweep
 from pipeline.tables import table
 
+log = logging.getLogger("gsa")
+
 
 def of_sweep(
     out: Out, name: str, *, metric: str | None = None, baseline: Point | None = None, iso: Cost | None = None
@@ -25,8 +29,12 @@ def of_sweep(
         raise InputError(f"sweep {name}: no trial has ended yet; next: gsa tune {name}")
     study, files = write_study(out, sweep, ended, metric=metric, baseline=baseline, iso=iso)
     if folder.tracking.exists():
-        client = tracking.open_store(out.tracking_uri, out.artifacts)
-        tracking.log_files(client, read_json(folder.tracking)["run_id"], files)
+        try:
+            client = tracking.open_store(out.tracking_uri, out.artifacts)
+        except InputError as error:
+            log.warning("report not copied to MLflow: %s", error)
+        else:
+            tracking.log_files(client, read_json(folder.tracking)["run_id"], files)
     return study, folder.report
 
 
@@ -50,14 +58,23 @@ def write_study(
     baseline: Point | None = None,
     iso: Cost | None = None,
 ) -> tuple[Study, list[Path]]:
-    """Of the runs on the shards of the last one: a sweep may have gone on with others."""
-    runs = [run for run in read_runs(out, [o for o in ended if out.run(o.run).config.exists()]) if run.last]
-    runs = [run for run in runs if run.facts["shards_digest"] == runs[-1].facts["shards_digest"]]
+    """The study of these trials, in the folder of the sweep: see `current`. InputError: none has the metric."""
+    runs = [run for run in read_runs(out, current(out, sweep, ended)) if run.last]
     mode = sweep.mode if metric in (None, sweep.metric) else "min" if "loss" in str(metric) else "max"
     study = make_study(
         runs, metric=metric or sweep.metric, mode=mode, baseline=baseline or sweep.baseline, iso=iso
     )
     return study, tables.write(study, out.sweep(sweep.name).report, title=f"Sweep {sweep.name}")
+
+
+def current(out: Out, sweep: Sweep, ended: Sequence[Outcome]) -> list[Outcome]:
+    """Those on the shards of the last one, and of each point and seed the last: a sweep may go on otherwise."""
+    there = [outcome for outcome in ended if out.run(outcome.run).facts.exists()]
+    digests = [read_json(out.run(outcome.run).facts)["shards_digest"] for outcome in there]
+    there = [outcome for outcome, of in zip(there, digests, strict=True) if of == digests[-1]]
+    if sweep.pbt:
+        return there
+    return list({(json.dumps(o.point, sort_keys=True), o.seed): o for o in there}.values())
 
 
 def trial_rows(out: Out, ended: Sequence[Outcome]) -> list[dict[str, Any]]:
@@ -77,7 +94,9 @@ def trial_rows(out: Out, ended: Sequence[Outcome]) -> list[dict[str, Any]]:
                 "GFLOPs": round(facts["gflops"], 4),
                 "epochs": f"{outcome.epoch}/{config.optim.epochs}",
                 "state": outcome.state,
-                "val top-1 %": round(outcome.metrics.get("val/top1", float("nan")), 2),
+                "val top-1 %": round(outcome.metrics["val/top1"], 2)
+                if "val/top1" in outcome.metrics
+                else None,
                 "seconds": round(outcome.seconds, 1),
             }
         )

@@ -19,6 +19,7 @@ from pipeline.config import (
     dump,
     load,
     read_yaml,
+    suggest,
     validate,
 )
 from pipeline.metrics import append_line, read_lines
@@ -27,6 +28,10 @@ from pipeline.rundir import Out, SweepDir, write_atomic
 if TYPE_CHECKING:
     from pipeline.plan import Plan
 
+METRICS = (  # of an epoch, by which trials can be compared
+    *("val/top1", "val/top5", "val/loss", "val_ema/top1", "val_ema/top5", "val_ema/loss"),
+    *("train/top1", "train/loss", "train/grad_norm", "train/lr"),
+)
 State = Literal["finished", "stopped", "failed"]
 Point = dict[str, Any]  # a field of the recipe -> its value
 Span = Annotated[tuple[float, float], Field(strict=False)]  # YAML knows lists, not tuples
@@ -47,7 +52,7 @@ class Parameter(Section):
         if len(spans) + (self.choice is not None) != 1:
             raise ValueError("expected a list, or one of choice, uniform, log_uniform, integer")
         for low, high in spans:
-            if not low < high or (self.log_uniform and low <= 0):
+            if not low < high <= 2**53 or low < -(2**53) or (self.log_uniform and low <= 0):
                 raise ValueError(f"[{low:g}, {high:g}]: expected two rising numbers, of log_uniform above 0")
         return self
 
@@ -111,6 +116,11 @@ class Sweep(Section):
             raise ValueError(
                 f"points: sampler {self.sampler} needs " + ("none" if self.points else "a number")
             )
+        if self.metric not in METRICS:
+            there_are = ", ".join(METRICS)
+            raise ValueError(f"metric {self.metric} is unknown{suggest(self.metric, METRICS)} ({there_are})")
+        if self.asha and self.asha.grace_epochs * self.asha.reduction ** (self.asha.brackets - 1) > 10**5:
+            raise ValueError("asha: the last bracket's grace is above 100,000 epochs")
         if (self.sampler == "pbt") != (self.pbt is not None):
             raise ValueError("pbt: expected with sampler pbt, and only there")
         if self.sampler == "pbt" and (self.asha or self.seeds > 1):
@@ -229,7 +239,8 @@ def trials_of(
     first = load(Config, "train", sweep.train, sweep.overrides).seed + later
     found = []
     for seed in [first + i for i in range(sweep.seeds)] if "seed" not in point else [point["seed"]]:
-        values = [f"{field}={json.dumps(value)}" for field, value in point.items() if field != "seed"]
+        fields = {field: json.dumps(value, ensure_ascii=False) for field, value in point.items()}
+        values = [f"{field}={text}" for field, text in fields.items() if field != "seed"]
         settings = (*sweep.overrides, *values, *extra, f"seed={seed}")
         planned = plan(out, load(Config, "train", sweep.train, settings))
         found.append(Trial(point, seed, settings, planned))
@@ -330,19 +341,21 @@ def outcomes(folder: SweepDir) -> dict[str, Outcome]:
 def best(sweep: Sweep, ended: Sequence[Outcome]) -> Outcome:
     """The first run of the point whose seeds have the best mean of the metric. ConfigError if none has it.
 
-    A point counts with all of its seeds, or not at all; of pbt each run by itself, for a point that lives on
-    has one in each generation.
+    A point counts with all of its seeds, or not at all, and behind all others if one of them was stopped
+    early; of pbt each run by itself, for a point that lives on has one in each generation.
     """
     sign = 1 if sweep.mode == "max" else -1
     groups: dict[str, list[Outcome]] = {}
     for outcome in ended:
-        key = outcome.run if sweep.pbt else json.dumps(outcome.point, sort_keys=True)
+        point = {field: value for field, value in outcome.point.items() if field != "seed"}
+        key = outcome.run if sweep.pbt else json.dumps(point, sort_keys=True)
         groups.setdefault(key, []).append(outcome)
     means = []
     for group in groups.values():
         values = [o.metrics.get(sweep.metric, math.nan) for o in group if o.state != "failed"]
         if len(values) == len(group) >= sweep.seeds and all(map(math.isfinite, values)):
-            means.append((sign * sum(values) / len(values), group[0]))
+            finished = all(o.state == "finished" for o in group)
+            means.append(((finished, sign * sum(values) / len(values)), group[0]))
     if not means:
         raise ConfigError(
             f"sweep {sweep.name}: no point has a finite {sweep.metric} in all of its seeds; "

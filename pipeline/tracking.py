@@ -163,6 +163,18 @@ def end_run(
         log.warning("MLflow run not ended run_id=%s error=%s", run_id, one_line(error))
 
 
+def set_tags(client: "MlflowClient", run_id: str, tags: Mapping[str, str]) -> None:
+    """Set tags of a run; an empty one is taken away. Where MLflow cannot, warn."""
+    try:
+        for key, value in tags.items():
+            if value:
+                client.set_tag(run_id, key, value)
+            elif key in client.get_run(run_id).data.tags:
+                client.delete_tag(run_id, key)
+    except Exception as error:  # a mirror may fail
+        log.warning("tags not set in MLflow run_id=%s error=%s", run_id, one_line(error))
+
+
 def log_files(client: "MlflowClient", run_id: str, paths: Iterable[Path]) -> None:
     """Copy files to the artifacts of a run; one that cannot be copied is a warning."""
     for path in paths:

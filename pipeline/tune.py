@@ -1,12 +1,12 @@
 """Trials under Ray Tune; what has ended is not run again, whoever was killed in between."""
 
-import contextlib
 import logging
 import shutil
 import time
-from collections.abc import Callable, Iterator
+from collections import Counter
+from collections.abc import Callable
 from pathlib import Path
-from typing import Any, Protocol
+from typing import Any, NamedTuple, Protocol
 
 from pipeline import metrics
 from pipeline.config import InputError, Resources, TrainingFailed
@@ -19,6 +19,7 @@ from pipeline.samplers import Source
 from pipeline.sweep import Outcome, State, Sweep, Trial, outcomes, record
 
 RETRIES = 3  # of a trial whose own process has died; its workers are restarted beside that
+SEEN_S = 5.0  # until a file that another node has written is seen here
 IN_USE_S = 1.0  # between looks at a run that another process trains
 
 log = logging.getLogger("gsa")
@@ -55,7 +56,7 @@ def search(
     """
     from ray import tune
 
-    check_room(resources)
+    check_room(resources, concurrent)
     storage = folder.path / "ray"
     shutil.rmtree(storage, ignore_errors=True)  # of a killed driver: our own outcomes are the record
     scheduler = _scheduler(sweep)
@@ -76,7 +77,6 @@ def search(
             name=sweep.name,
             storage_path=str(storage),
             verbose=0,
-            failure_config=tune.FailureConfig(max_failures=RETRIES),
             callbacks=[_recorder(feed)],
         ),
     )
@@ -86,14 +86,24 @@ def search(
             tuner.fit()
     finally:
         shutil.rmtree(storage, ignore_errors=True)
+    if feed.fault:
+        raise feed.fault
     if not source.exhausted or feed.open:
         lost = ", ".join(trial.plan.run.name for trial in feed.open.values())
         raise RuntimeError(f"sweep {sweep.name}: Tune returned without an outcome of {lost or 'all points'}")
     return list(feed.found)
 
 
-def settled(folder: SweepDir, source: Source) -> list[Outcome] | None:
-    """The outcomes of all trials of a source, recorded; None if one must run. It uses the source up to there."""
+class Known(NamedTuple):
+    """A trial that need not run; recorded: this sweep knew of it already."""
+
+    trial: Trial
+    outcome: Outcome
+    recorded: bool
+
+
+def settled(folder: SweepDir, source: Source) -> list[Known] | None:
+    """All trials of a source and their outcomes, recorded; None if one must run: it is used up to there."""
     recorded, found = outcomes(folder), []
     while trial := source.next():
         known = known_outcome(trial, recorded.get(trial.plan.run.name))
@@ -101,7 +111,7 @@ def settled(folder: SweepDir, source: Source) -> list[Outcome] | None:
             return None
         if known != recorded.get(known.run):
             record(folder, known)
-        found.append(known)
+        found.append(Known(trial, known, known.run in recorded))
         source.tell(trial, known)
     return found
 
@@ -134,18 +144,22 @@ def _trial(settings: dict[str, Any], resources: Resources, work: Work) -> None:
     from ray import tune
 
     run = RunDir(Path(settings["run"]))
+    if not run.facts.exists():
+        raise InputError(f"{run.path} is not there on this node; next: --out on a file system of all nodes")
     run.error.unlink(missing_ok=True)
     try:
         while not run.result.exists():
-            with contextlib.suppress(InUse):
-                for values in _behind(run):
+            try:
+                with hold(run.lock, f"run {run.name}"):
+                    behind = _behind(run)
+                for values in behind:
                     tune.report(values)
                 work(run, resources, tune.report)
-                break
-            time.sleep(IN_USE_S)
-        else:
-            for record_ in epoch_records(run):
-                tune.report({"epoch": round(record_.epoch), "behind": True, **record_.metrics})
+                return
+            except InUse:
+                time.sleep(IN_USE_S)
+        for each in epoch_records(run):
+            tune.report({"epoch": round(each.epoch), "behind": True, **each.metrics})
     except (InputError, TrainingFailed, FloatingPointError) as error:
         write_atomic(run.error, f"{type(error).__name__}: {error}\n")
     except Exception as error:
@@ -160,8 +174,11 @@ def train_run(run: RunDir, resources: Resources, report: Report) -> None:
 
         fit(run, resources, callbacks=[TuneReportCallback()])  # type: ignore[no-untyped-call]
         return
+    import torch
+
     from pipeline.train import train
 
+    torch.compiler.reset()  # of the networks that this process has trained before
     with hold(run.lock, f"run {run.name}"), rank_log(run, 0):
         train(
             run,
@@ -171,15 +188,14 @@ def train_run(run: RunDir, resources: Resources, report: Report) -> None:
         )
 
 
-def _behind(run: RunDir) -> Iterator[dict[str, Any]]:
+def _behind(run: RunDir) -> list[dict[str, Any]]:
     """The epochs that will not be trained again. "behind": that it goes on after them was decided already."""
     from pipeline import checkpoint
 
     saved = checkpoint.newest(run.checkpoints)
     records = [r for r in epoch_records(run) if saved and r.epoch <= saved["epochs"]]
     last_step = max((r.step for r in metrics.read(run.metrics)), default=0)
-    for r in records:
-        yield {"epoch": round(r.epoch), "behind": r.step < last_step, **r.metrics}
+    return [{"epoch": round(r.epoch), "behind": r.step < last_step, **r.metrics} for r in records]
 
 
 # --- in the driver -----------------------------------------------------------------------------------------
@@ -205,39 +221,49 @@ def _scheduler(sweep: Sweep) -> Any:
     ]
 
     class Halving(FIFOScheduler):
+        """Knows a trial by its run: tried again, it has its places on the rungs."""
+
+        def __init__(self) -> None:
+            super().__init__()  # type: ignore[no-untyped-call]
+            self.stopped: set[str] = set()
+
         def __reduce__(self) -> Any:
             return FIFOScheduler, ()
+
+        def on_trial_add(self, controller: Any, trial: Any) -> None:
+            self._of(trial).on_trial_add(controller, _ByRun(trial.config))
+
+        def on_trial_result(self, controller: Any, trial: Any, result: dict[str, Any]) -> str:
+            said = str(self._of(trial).on_trial_result(controller, _ByRun(trial.config), result))
+            if result.get("behind") or result.get("epoch", 0) >= trial.config["epochs"]:
+                return TrialScheduler.CONTINUE
+            if said == TrialScheduler.STOP:
+                self.stopped.add(trial.config["run"])
+            return said
+
+        def on_trial_complete(self, controller: Any, trial: Any, result: dict[str, Any]) -> None:
+            self._of(trial).on_trial_complete(controller, _ByRun(trial.config), result)
+
+        def tell(self, trial: Trial, outcome: Outcome) -> None:
+            """What a trial had reported that does not run now."""
+            stub = _ByRun(_settings(trial))
+            self._of(stub).on_trial_add(None, stub)
+            for r in epoch_records(trial.plan.run):
+                if r.epoch <= outcome.epoch:
+                    values = {"epoch": round(r.epoch), **r.metrics}
+                    self._of(stub).on_trial_result(None, stub, values)
 
         def _of(self, trial: Any) -> Any:
             return brackets[int(Path(trial.config["run"]).name[-8:], 16) % len(brackets)]
 
-        def on_trial_add(self, controller: Any, trial: Any) -> None:
-            self._of(trial).on_trial_add(controller, trial)
-
-        def on_trial_result(self, controller: Any, trial: Any, result: dict[str, Any]) -> str:
-            said = str(self._of(trial).on_trial_result(controller, trial, result))
-            over = result.get("behind") or result.get("epoch", 0) >= trial.config["epochs"]
-            return TrialScheduler.CONTINUE if over else said
-
-        def on_trial_complete(self, controller: Any, trial: Any, result: dict[str, Any]) -> None:
-            self._of(trial).on_trial_complete(controller, trial, result)
-
-        def tell(self, trial: Trial, outcome: Outcome) -> None:
-            """What a trial had reported that does not run now."""
-            stub = _Ended(trial.plan.run.name, _settings(trial))
-            self.on_trial_add(None, stub)
-            for r in epoch_records(trial.plan.run):
-                if r.epoch <= outcome.epoch:
-                    self.on_trial_result(None, stub, {"epoch": round(r.epoch), **r.metrics})
-
-    return Halving()  # type: ignore[no-untyped-call]
+    return Halving()
 
 
-class _Ended:
-    """What a scheduler needs to know of a trial that has ended."""
+class _ByRun:
+    """What ASHA asks of a trial."""
 
-    def __init__(self, trial_id: str, config: dict[str, Any]) -> None:
-        self.trial_id, self.config = trial_id, config
+    def __init__(self, config: dict[str, Any]) -> None:
+        self.trial_id, self.config = str(config["run"]), config
 
 
 def _settings(trial: Trial) -> dict[str, Any]:
@@ -256,47 +282,80 @@ def _feed(
             super().__init__()
             self.recorded = outcomes(folder)
             self.open: dict[str, Trial] = {}
+            self.again: list[Trial] = []  # whose process has died
+            self.deaths: Counter[str] = Counter()
+            self.seen: set[str] = set()  # of Tune's trials, those that have ended
             self.found: list[Outcome] = []
+            self.fault: InputError | None = None
 
         def __reduce__(self) -> Any:
             return Searcher, ()  # Tune pickles it to restore itself; we never do, and hold locks
 
         def suggest(self, trial_id: str) -> Any:
+            if self.fault:
+                return Searcher.FINISHED
+            if self.again:
+                return self._start(self.again.pop())
             while len(self.open) < concurrent and (trial := source.next()):
                 known = known_outcome(trial, self.recorded.get(trial.plan.run.name))
                 if known is None:
                     make(trial.plan)
                     hooks.start(trial)
-                    self.open[str(trial.plan.run.path)] = trial
-                    return _settings(trial)
+                    return self._start(trial)
                 hooks.reuse(trial, known, recorded=known.run in self.recorded)
                 self._record(known)
                 if sweep.asha:
                     scheduler.tell(trial, known)
                 source.tell(trial, known)
-            return Searcher.FINISHED if source.exhausted else None
+            return Searcher.FINISHED if source.exhausted and not self.open else None
 
         def ended(self, trial: Any, *, failed: bool) -> None:
+            if trial.trial_id in self.seen:
+                return
+            self.seen.add(trial.trial_id)
             ours = self.open.pop(trial.config["run"])
-            run, last = ours.plan.run, (trial.last_result or {}).get("epoch", 0)
-            finished = run.result.exists()
-            # Stopped: what its workers did after that counts in no sweep.
-            state: State = "finished" if finished else "failed" if failed or run.error.exists() else "stopped"
-            outcome = outcome_of(ours, state, float("inf") if finished else last)
+            run = ours.plan.run
+            if failed and not run.result.exists() and self.deaths[run.name] < RETRIES:
+                self.deaths[run.name] += 1
+                log.warning("trial tried again run=%s deaths=%d", run.name, self.deaths[run.name])
+                self.open[str(run.path)] = ours
+                self.again.append(ours)
+                return
+            outcome = self._outcome(ours, trial)
             self._record(outcome)
             source.tell(ours, outcome)
-            if state == "failed":
+            if outcome.state == "failed":
                 reason = (
                     run.error.read_text().strip() if run.error.exists() else "its process died, each time"
                 )
                 log.error("trial failed run=%s reason=%s", run.name, reason)
             hooks.end(ours, outcome)
 
+        def _start(self, trial: Trial) -> dict[str, Any]:
+            self.open[str(trial.plan.run.path)] = trial
+            return _settings(trial)
+
+        def _outcome(self, ours: Trial, trial: Any) -> Outcome:
+            run, until = ours.plan.run, time.monotonic() + SEEN_S
+            if trial.config["run"] in getattr(scheduler, "stopped", ()):
+                # What its workers did after that counts in no sweep.
+                return outcome_of(ours, "stopped", (trial.last_result or {}).get("epoch", 0))
+            while not (run.result.exists() or run.error.exists()) and time.monotonic() < until:
+                time.sleep(0.1)  # another node has written it
+            return outcome_of(ours, "finished" if run.result.exists() else "failed")
+
         def _record(self, outcome: Outcome) -> None:
             self.found.append(outcome)
-            if self.recorded.get(outcome.run) != outcome:
-                self.recorded[outcome.run] = outcome
+            if self.recorded.get(outcome.run) == outcome:
+                return
+            self.recorded[outcome.run] = outcome
+            try:
                 record(folder, outcome)
+            except OSError as error:  # the run has its result: another call finds it there
+                self.fault = InputError(
+                    f"{folder.outcomes}: cannot be written: {error.strerror or error}; next: make room, then "
+                    "the same command continues"
+                )
 
         def on_trial_complete(self, trial_id: str, result: Any = None, error: bool = False) -> None:
             pass  # the recorder tells, who knows the trial
@@ -319,6 +378,11 @@ def _recorder(feed: Any) -> Any:
     class Recorder(Callback):
         def __reduce__(self) -> Any:
             return Callback, ()
+
+        def on_step_end(self, iteration: int, trials: list[Any], **_: Any) -> None:
+            for trial in trials if feed.open else ():
+                if trial.status == "ERROR":  # Tune gives some up without a word
+                    feed.ended(trial, failed=True)
 
         def on_trial_complete(self, iteration: int, trials: list[Any], trial: Any, **_: Any) -> None:
             feed.ended(trial, failed=False)

@@ -23,8 +23,8 @@ from pipeline.plan import check_cache, load_trained, read_run
 from pipeline.progress import Update, bar, board
 from pipeline.ray_session import session
 from pipeline.ray_train import fit, fit_micro_batch
-from pipeline.report import write_study
-from pipeline.rundir import Out, RunDir, SweepDir, hold, read_json
+from pipeline.report import current, write_study
+from pipeline.rundir import Out, RunDir, SweepDir, hold, read_json, write_json
 from pipeline.samplers import Evolved, Listed, MakeTrials, Source, Suggested
 from pipeline.shards import Built, build
 from pipeline.sweep import (
@@ -41,7 +41,7 @@ from pipeline.sweep import (
 )
 from pipeline.sweep import read as read_sweep
 from pipeline.train import evaluate_split, this_place
-from pipeline.tune import search, settled
+from pipeline.tune import Known, search, settled
 
 log = logging.getLogger("gsa")
 
@@ -159,33 +159,38 @@ def tune(
     with hold(folder.lock, f"sweep {sweep.name}"):
         begin(folder, sweep, replace=replace)
         if rerun:
-            _set_aside(out, folder, layout.trials)
-        found = settled(folder, layout.source(folder))
-        if found is not None:
-            return found, False
-        found = _search(out, layout, resources, concurrent)
+            _set_aside(out, folder, layout)
+        known = settled(folder, layout.source(folder))
+        if known is not None and _is_shown(folder, known):
+            return [each.outcome for each in known], False
+        found = _search(out, layout, known, resources, concurrent)
     places = {trial.plan.run.name: i for i, trial in enumerate(layout.trials)}
-    return sorted(found, key=lambda o: places.get(o.run, len(places))), True
+    return sorted(found, key=lambda o: places.get(o.run, len(places))), known is None
 
 
-def _set_aside(out: Out, folder: SweepDir, trials: Sequence[Trial]) -> None:
+def _set_aside(out: Out, folder: SweepDir, layout: Layout) -> None:
     """The runs of a sweep under other names, here and in MLflow; its outcomes are forgotten."""
-    names = {*outcomes(folder), *(trial.plan.run.name for trial in trials)}
+    names = set(outcomes(folder))
+    if layout.sweep.sampler in ("grid", "random"):
+        names |= {trial.plan.run.name for trial in layout.trials}
     client, until = (
         tracking.open_store(out.tracking_uri, out.artifacts),
-        f".until-{time.strftime('%Y%m%d-%H%M%S')}",
+        time.strftime(".until-%Y%m%d-%H%M%S"),
     )
     for run in filter(lambda run: run.config.exists(), map(out.run, names)):
         with hold(run.lock, f"run {run.name}"):
             if run.tracking.exists():
-                key = read_json(run.facts)["fingerprint"] + until
-                client.set_tag(read_json(run.tracking)["run_id"], "gsa.key", key)
+                tags = {"gsa.key": read_json(run.facts)["fingerprint"] + until, "mlflow.parentRunId": ""}
+                tracking.set_tags(client, read_json(run.tracking)["run_id"], tags)
             run.path.rename(run.path.with_name(run.name + until))
     folder.outcomes.unlink(missing_ok=True)
     folder.points.unlink(missing_ok=True)
 
 
-def _search(out: Out, layout: Layout, resources: Resources, concurrent: int) -> list[Outcome]:
+def _search(
+    out: Out, layout: Layout, known: list[Known] | None, resources: Resources, concurrent: int
+) -> list[Outcome]:
+    """Run what has not ended; then report, here and in MLflow. known: all trials, where none must run."""
     sweep, first = layout.sweep, layout.trials[0].plan
     folder, epochs = out.sweep(sweep.name), first.config.optim.epochs
     check_cache(first.config, first.manifest)
@@ -194,19 +199,39 @@ def _search(out: Out, layout: Layout, resources: Resources, concurrent: int) -> 
         mirrored(out, first.manifest, Epochs(update, sweep.size * epochs, rows)) as mirror,
     ):
         mirror.start_sweep(sweep, folder, first.manifest.digest)
-        with session(cpus=_cpus(resources, concurrent)):
-            found = search(
-                sweep,
-                folder,
-                layout.source(folder),
-                resources=resources,
-                concurrent=concurrent,
-                hooks=Board(mirror, sweep, say),
-            )
-        winner = best(sweep, found)
-        _, files = write_study(out, sweep, found)
+        hooks = Board(mirror, sweep, say)
+        for each in known or ():
+            hooks.reuse(each.trial, each.outcome, recorded=each.recorded)
+        found = [each.outcome for each in known or ()]
+        if known is None:
+            with session(cpus=_cpus(resources, concurrent)):
+                found = search(
+                    sweep,
+                    folder,
+                    layout.source(folder),
+                    resources=resources,
+                    concurrent=concurrent,
+                    hooks=hooks,
+                )
+        try:
+            winner, (_, files) = best(sweep, found), write_study(out, sweep, found)
+        except InputError as error:
+            log.error("no report: %s", error)
+            winner, files = None, []
         mirror.end_sweep(winner, [folder.config, *files])
+    if not mirror.missing:
+        write_json(folder.tracking, {**read_json(folder.tracking), "shown": _names(found)})
     return found
+
+
+def _is_shown(folder: SweepDir, known: list[Known]) -> bool:
+    """Whether MLflow and the report have all of these trials already."""
+    names = _names([each.outcome for each in known])
+    return folder.tracking.exists() and read_json(folder.tracking).get("shown") == names
+
+
+def _names(found: Sequence[Outcome]) -> list[str]:
+    return sorted(f"{o.run} {o.state} {o.epoch}" for o in found)
 
 
 def evaluate_model(out: Out, source: str, shards: str | None) -> Evaluation:
@@ -274,7 +299,7 @@ def best_run(out: Out, sweep: str) -> RunDir:
     """The complete run of a sweep with the best final metric."""
     folder = out.sweep(sweep)
     settings = read_sweep(folder)
-    complete = [o for o in outcomes(folder).values() if o.state == "finished"]
+    complete = [o for o in current(out, settings, list(outcomes(folder).values())) if o.state == "finished"]
     return out.find_run(best(settings, complete).run)
 
 

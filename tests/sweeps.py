@@ -60,7 +60,9 @@ def _trials(process: psutil.Popen) -> list[psutil.Process]:
     found = []
     for child in process.children(recursive=True):
         with contextlib.suppress(psutil.Error):
-            if any(name in child.cmdline()[0] for name in ("ray::ImplicitFunc", "ray::RayTrainWorker")):
+            if any(
+                name in " ".join(child.cmdline()) for name in ("ray::ImplicitFunc", "ray::RayTrainWorker")
+            ):
                 found.append(child)
     return found
 

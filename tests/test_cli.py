@@ -14,6 +14,8 @@ import psutil
 import pytest
 
 from pipeline import cli
+from pipeline.config import dump
+from pipeline.metrics import read_lines
 from pipeline.rundir import Out
 
 
@@ -159,6 +161,9 @@ def test_left_out_pictures_are_listed_and_counted(gsa, pictures: Path, tmp_path:
         ),
         (["train", "digits"], "digits"),  # no shards built yet
         (["tune", "nothing"], "sweep recipe nothing is unknown"),
+        (["report", "nothing"], "sweep nothing: not found in "),
+        (["report", "one", "two"], "run one: not found in "),
+        (["report", "digits", "--baseline", "gggg"], "expected field=value"),
         (["run", "dem"], "did you mean demo?"),
         (["run", "folder"], "needs input"),
         (["evaluate", "no-such-run"], "run no-such-run: not found"),
@@ -198,6 +203,51 @@ def test_a_mistake_is_one_line_and_exit_code_2(gsa, words: list[str], said: str,
     assert "Traceback" not in out + err
     assert len(err.strip().splitlines()) == 1
     assert not list(tmp_path.rglob("*.tmp"))
+
+
+def test_a_study_is_previewed_run_reported_and_found_done(gsa, out: Out, mini_config, tmp_path: Path) -> None:
+    """In the process of each trial; with a wrong point first, a budget, a report, and a changed file."""
+    recipe, file = tmp_path / "recipe.yaml", tmp_path / "study.yaml"
+    recipe.write_text(dump(mini_config(epochs=1)))
+    placements = ["cccc", "gggg"]
+    study = {"name": "mine", "train": str(recipe), "seeds": 2, "baseline": {"model.placement": "cccc"}}
+
+    def tune(*words: str, **changes: object) -> tuple[int, str, str]:
+        parameters = {"parameters": {"model.placement": placements}}
+        file.write_text(json.dumps({**study, **parameters, **changes}))
+        return gsa("tune", file, "--out", out.root, *words)
+
+    code, printed, err = tune(parameters={"model.placement": [*placements, "ggggg", "x"]}, seeds=1)
+    assert code == 2
+    assert "2 points cannot be, 2 trials could:\n  model.placement=ggggg: " in err
+    assert "\n  model.placement=x: " in err
+    assert "parameters.model.plcement" not in err
+    code, _, err = tune(parameters={"model.plcement": ["gggg"]})
+    assert (code, "did you mean model.placement?" in err) == (2, True)
+    code, printed, _ = tune("--dry-run")
+    assert code == 0
+    assert "total: 4 trials, 4 of them to run: an unknown number of device-hours" in printed
+    code, _, err = tune("--budget", "1")
+    assert (code, "got none, since no run tells how fast a device is; next: --tflops" in err) == (2, True)
+    assert not (out.root / "runs").exists()
+    code, printed, err = tune("--concurrent", "2", "--tflops", "0.01", "--budget", "1")
+    assert code == 0, err
+    assert printed.count("finished") == 4
+    code, printed, _ = tune()
+    assert "sweep mine (complete already, reused)" in printed
+    code, printed, _ = gsa("report", "mine", "--json", "--out", out.root)
+    rows = json.loads(printed)
+    assert sorted(row["model.placement"] for row in rows) == placements
+    assert all(row["n"] == 2 for row in rows)
+    code, _, err = tune(metric="val/loss")
+    assert code == 2
+    assert "sweep mine was begun with another metric (metric: 'val/top1' then, 'val/loss' now)" in err
+    runs = sorted(path.name for path in (out.root / "runs").iterdir())
+    code, printed, err = tune("--rerun", seeds=1)
+    assert code == 0, err
+    assert printed.count("finished") == 2
+    assert len(list((out.root / "runs").glob("*.until-*"))) == len(runs) == 4
+    assert len([run for run in tracked(out, "mini").values() if run.info.status == "FINISHED"]) == 7
 
 
 def test_unknown_options_exit_with_2(gsa) -> None:
@@ -251,7 +301,7 @@ def test_the_demo_is_interrupted_continued_and_reused(tmp_path: Path, gsa) -> No
     assert "the same command continues" in err
     _, alive = psutil.wait_procs(family, timeout=20)
     assert not [p for p in alive if p.is_running() and p.status() != psutil.STATUS_ZOMBIE]
-    ended = json.loads(outcomes.read_text())
+    ended = read_lines(outcomes)
     statuses = {name: run.info.status for name, run in tracked(out).items()}
     assert statuses["sweep digits"] == "KILLED"
     assert set(statuses.values()) <= {"KILLED", "FINISHED"}
@@ -263,7 +313,7 @@ def test_the_demo_is_interrupted_continued_and_reused(tmp_path: Path, gsa) -> No
     assert "champion   models:/gsa-digits@champion = version 1" in printed
     assert "of 359 images, each once" in printed
     assert f"gsa ui --out '{out.root}'" in printed
-    again = json.loads(outcomes.read_text())
+    again = read_lines(outcomes)
     assert [row for row in again if row["run"] in {e["run"] for e in ended}] == ended  # not run twice
 
     code, printed, _ = gsa(*DEMO, "--out", str(out.root))
@@ -282,13 +332,14 @@ def test_the_demo_is_interrupted_continued_and_reused(tmp_path: Path, gsa) -> No
     assert json.loads(model[1])["samples"] == 359
 
 
-def tracked(out: Out) -> dict:
-    """The MLflow runs of the digits by name."""
+def tracked(out: Out, experiment_name: str = "digits") -> dict:
+    """The MLflow runs of an experiment by name, those set aside by their id too."""
     from pipeline.tracking import open_store
 
     client = open_store(out.tracking_uri, out.artifacts)
-    experiment = client.get_experiment_by_name("digits")
-    return {r.info.run_name: r for r in client.search_runs([experiment.experiment_id])}
+    experiment = client.get_experiment_by_name(experiment_name)
+    runs = client.search_runs([experiment.experiment_id])
+    return {r.info.run_name + r.data.tags["gsa.key"].partition(".until")[2]: r for r in runs}
 
 
 def check_tracking(out: Out, *, trials: int) -> None:

@@ -13,7 +13,8 @@ from studies import write_run
 from pipeline import metrics, report, tables
 from pipeline.rundir import Out
 from pipeline.study import Study, read_runs, study
-from pipeline.sweep import Outcome
+from pipeline.sweep import Outcome, Sweep, begin, record
+from pipeline.verbs import best_run
 
 PLACEMENT, LR = "model.placement", "optim.lr"
 ODD = [91.36490250696379, 94.70752089136491, 89.69359331476323]  # figures with all of their digits
@@ -250,3 +251,24 @@ def test_numbers_stand_to_the_right() -> None:
     text = tables.table([{"a": 1, "b": "x"}, {"a": 1000, "b": None}])
     assert text.splitlines()[-2:] == ["     1   x", " 1,000   -"]
     assert tables.table([]) == "(nothing)"
+
+
+def test_of_a_sweep_that_went_on_otherwise_the_last_runs_count(out: Out) -> None:
+    """Other shards, or another train recipe behind the same name: the runs before were of other settings."""
+    facts = [{"shards_digest": name} for name in ("old", "new")]
+    ended = [
+        write_run(out, [99.0], {LR: 0.1}, facts=facts[0]),
+        write_run(out, [60.0], {LR: 0.1}, facts=facts[1]),
+        write_run(out, [70.0], {LR: 0.2}, facts=facts[1]),
+        write_run(out, [65.0], {LR: 0.1}, facts=facts[1]),
+    ]
+    gone = ended[0]._replace(run="run-that-was-deleted")
+    sweep = Sweep.model_validate({"name": "x", "train": "digits", "parameters": {LR: [0.1, 0.2]}})
+    assert report.current(out, sweep, [gone, *ended]) == [ended[3], ended[2]]
+    folder = out.sweep("x")
+    begin(folder, sweep)
+    for outcome in [gone, *ended]:
+        record(folder, outcome)
+    assert best_run(out, "x").name == ended[2].run
+    found, _ = report.write_study(out, sweep, [gone, *ended])
+    assert [row.score.mean for row in found.rows] == [70.0, 65.0]

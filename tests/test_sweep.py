@@ -692,6 +692,22 @@ def test_the_best_point_is_that_of_the_best_mean(
     assert best(made(mode=mode, seeds=seeds), ended(values)).run == run
 
 
+def test_a_point_that_was_trained_to_the_end_is_better_than_one_that_was_stopped() -> None:
+    stopped = outcome("stopped", {"optim.lr": 0.2}, state="stopped", metrics={"val/top1": 61.0})
+    finished = outcome("finished", metrics={"val/top1": 60.0})
+    assert best(made(), [stopped, finished]).run == "finished"
+    assert best(made(), [stopped]).run == "stopped"
+
+
+def test_a_seed_that_is_a_parameter_is_not_what_is_best() -> None:
+    ended_ = [
+        outcome(f"{lr}-{seed}", {"optim.lr": lr, "seed": seed}, seed=seed, metrics={"val/top1": value})
+        for lr, seed, value in [(0.1, 0, 90.0), (0.1, 1, 50.0), (0.2, 0, 80.0), (0.2, 1, 82.0)]
+    ]
+    parameters = {"optim.lr": [0.1, 0.2], "seed": [0, 1]}
+    assert best(made(parameters=parameters), ended_).run == "0.2-0"
+
+
 @given(order=st.permutations(range(6)))
 @settings(max_examples=30, deadline=None)
 def test_the_order_in_which_seeds_end_does_not_matter(order: list[int]) -> None:

@@ -49,7 +49,8 @@ def trial(run, resources, report):
 if job["epoch_s"] is not None:
     tune.train_run = trial
 begun, resources = time.monotonic(), Resources(workers=job["workers"])
-found, ran = verbs.tune(Out(Path(job["out"])), load(Sweep, "sweep", job["sweep"]), resources, concurrent=2)
+out, sweep = Out(Path(job["out"])), load(Sweep, "sweep", job["sweep"])
+found, ran = verbs.tune(out, sweep, resources, concurrent=job["concurrent"])
 seconds, rss = time.monotonic() - begun, psutil.Process().memory_info().rss
 print(json.dumps({"outcomes": len(found), "ran": ran, "rss": rss, "seconds": seconds}))
 """
@@ -71,13 +72,20 @@ class Tuned:
     """`gsa tune`, as often as it is killed. epoch_s: of a trivial trial; None: they are real trainings."""
 
     def __init__(
-        self, out: Out, sweep: Sweep, tmp_path: Path, *, epoch_s: float | None, workers: str = "1"
+        self,
+        out: Out,
+        sweep: Sweep,
+        tmp_path: Path,
+        *,
+        epoch_s: float | None,
+        workers: str = "1",
+        concurrent: int = 2,
     ) -> None:
         self.out, self.sweep, self.folder = out, sweep, out.sweep(sweep.name)
         self.spans, self.log, file = tmp_path / "spans.jsonl", tmp_path / "log.txt", tmp_path / "sweep.yaml"
         file.write_text(dump(sweep))
         self.job = {"out": str(out.root), "sweep": str(file), "spans": str(self.spans), "epoch_s": epoch_s}
-        self.job["workers"] = workers
+        self.job |= {"workers": workers, "concurrent": concurrent}
 
     def start(self) -> psutil.Popen:
         environment = {k: v for k, v in os.environ.items() if not k.startswith("RAY_")}

@@ -2,13 +2,15 @@
 
     python tests/benchmarks/bench_sweep.py [--trials 10 100 1000] [--seconds 1.0]
 
-Trials that sleep, two at a time, mirrored to an MLflow of their own (SQLite); then real ones on digits of 32
-pixels, in the process of the trial and as Ray Train runs of one and two workers, against the same training alone.
+Trials that sleep, two at a time, mirrored to an MLflow of their own (SQLite); then trainings on digits of 32
+pixels, in the process of the trial, and as Ray Train runs of two workers.
 """
 
 import argparse
+import statistics
 import sys
 import tempfile
+from itertools import pairwise
 from pathlib import Path
 
 sys.path.insert(0, str(Path(__file__).resolve().parents[1]))
@@ -20,7 +22,7 @@ from pipeline.metrics import read_lines
 from pipeline.pictures import ShardsConfig
 from pipeline.rundir import Out
 from pipeline.shards import build
-from pipeline.sweep import Sweep
+from pipeline.sweep import Sweep, outcomes
 
 TINY = Config(
     model=ModelConfig(name="gsa_resnet_tiny", stem="imagenet", heads=4),
@@ -51,13 +53,27 @@ def measured(
         return whole, said["seconds"] - whole, said["rss"] / 1e9
 
 
+def trained(shards: Path, trials: int, workers: str) -> tuple[float, float]:
+    """Of real trainings, one after the other: seconds from the end of one to that of the next; seconds trained."""
+    with tempfile.TemporaryDirectory() as folder:
+        work = Path(folder)
+        (work / "out" / "shards").mkdir(parents=True)
+        (work / "out" / "shards" / "digits").symlink_to(shards)
+        out = Out(work / "out")
+        Tuned(out, sweep_of(work, trials), work, epoch_s=None, workers=workers, concurrent=1).finish()
+        ended = list(outcomes(out.sweep(f"of-{trials}")).values())
+        times = sorted(out.run(outcome.run).result.stat().st_mtime for outcome in ended)
+        steps = [after - before for before, after in pairwise(times)]
+        return statistics.median(steps), statistics.median(outcome.seconds for outcome in ended)
+
+
 def main() -> None:
     parser = argparse.ArgumentParser(
         description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter
     )
     parser.add_argument("--trials", type=int, nargs="+", default=[10, 100, 1000])
     parser.add_argument("--seconds", type=float, default=1.0, help="of a trial that sleeps")
-    parser.add_argument("--real", type=int, default=6, help="trainings of each kind; 0: none")
+    parser.add_argument("--real", type=int, default=6, help="trainings of each kind, one after the other")
     options = parser.parse_args()
     with tempfile.TemporaryDirectory() as folder:
         shards = Path(folder) / "digits"
@@ -70,6 +86,11 @@ def main() -> None:
             each = (whole - ideal) / trials * 1000
             row = f"{whole:20.1f}   {whole / ideal:8.3f}   {each:10.0f}   {around:8.1f}   {gigabytes:10.2f}"
             print(f"  {trials:6d}   {row}", flush=True)
+        print(f"trainings of {TINY.model.name} for an epoch, {options.real} one after the other: medians")
+        print("  workers                     s a trial   of them trained")
+        for workers, name in (("1", "1, in the trial's process"), ("2", "2, a Ray Train run")):
+            each, seconds = trained(shards, options.real, workers)
+            print(f"  {name:26s}   {each:8.1f}   {seconds:15.1f}", flush=True)
 
 
 if __name__ == "__main__":

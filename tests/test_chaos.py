@@ -109,7 +109,7 @@ def test_the_verdict_is_good_only_if_nothing_differs(
 @pytest.mark.timeout(900)
 def test_a_user_torments_a_run_and_gets_the_proof(out: Out, mini_config: Any, tmp_path: Path) -> None:
     recipe = tmp_path / "recipe.yaml"
-    recipe.write_text(dump(mini_config(epochs=400)))
+    recipe.write_text(dump(mini_config(epochs=200)))
     command = ["train", str(recipe), "--workers", "2", "--chaos", "mtbf=8s", "--out", str(out.root)]
     environment = {k: v for k, v in os.environ.items() if not k.startswith("RAY_")}
     done = subprocess.run(

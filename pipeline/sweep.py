@@ -105,7 +105,7 @@ class Sweep(Section):
     seeds: Positive = 1  # runs of each point: with the recipe's seed, and the next ones
     metric: str = "val/top1"
     mode: Literal["max", "min"] = "max"
-    trade_off: Literal["gflops", "params"] | None = None  # of tpe: a second aim, the smaller the better
+    trade_off: Literal["params", "gflops"] | None = None  # of tpe: a second aim, the smaller the better
     asha: Asha | None = None
     pbt: Pbt | None = None
     baseline: Point | None = None  # the point that a report compares the others with

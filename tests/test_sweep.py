@@ -135,7 +135,7 @@ def test_a_range_that_starts_at_zero_or_below_is_fine_unless_logarithmic() -> No
         ),
         ({"trade_off": "gflops"}, "trade_off: expected with sampler tpe"),
         ({**RANGE, "trade_off": "params"}, "trade_off: expected with sampler tpe"),
-        ({"sampler": "tpe", "points": 3, "trade_off": "time"}, "trade_off: expected 'gflops' or 'params'"),
+        ({"sampler": "tpe", "points": 3, "trade_off": "time"}, "trade_off: expected 'params' or 'gflops'"),
         ({"seeds": 2, "parameters": {"seed": [1]}}, "seeds: expected 1 where seed itself is a parameter"),
         ({"seeds": 0}, "seeds: expected greater than 0, got 0"),
         ({"sampler": "bayes"}, "sampler: expected 'grid', 'random', 'tpe' or 'pbt', got 'bayes'"),

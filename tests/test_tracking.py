@@ -367,6 +367,7 @@ def test_every_point_arrives_once_with_its_own_time_and_step(
     assert read_json(run.tracking) == {
         "run_id": run_id,
         "watermark": {"train/loss": 1001, "time/data_s": 1001},
+        "status": "FINISHED",
     }
 
 
